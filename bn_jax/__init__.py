@@ -1,0 +1,3 @@
+"""Batch normalization for JAX."""
+
+__version__ = "0.1.0"

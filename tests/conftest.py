@@ -1,0 +1,38 @@
+"""An unforgiving JAX: eight CPU devices, no silent promotion, no silent broadcasting.
+
+Warnings are errors too (see ``pyproject.toml``). What passes here passes in a user's strict
+configuration. A test of code that is not ours and not strict-clean (optax's schedules, for one)
+asks for the ``lenient`` fixture.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked in tests only, at every call.
+install_import_hook("bn_jax.core", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def lenient():
+    """Ordinary promotion rules, for third-party code that needs them."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for oracles and finite differences."""
+    with jax.enable_x64(True):
+        yield
