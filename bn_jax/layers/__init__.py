@@ -1,0 +1,1 @@
+"""Framework shells around the core, without arithmetic of their own."""

@@ -1,0 +1,95 @@
+"""Which axes of an array are features, and how one value per feature lines up with the array.
+
+Three instances: an activation ``[batch, channels]`` keeps its last axis; an image batch
+``[batch, channels, height, width]`` keeps axis 1; a locally connected layer's
+``[batch, height, width, channels]`` may keep ``(1, 2, 3)``. The axes that are *kept* are named;
+statistics are taken over all the others.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Axes = tuple[int, ...]
+
+
+def feature_axes(x: Array, feature_axis: int | Sequence[int]) -> Axes:
+    """The kept axes as sorted, non-negative numbers.
+
+    Raises:
+        ValueError: an axis is outside of x, or is named twice.
+    """
+    named = (feature_axis,) if isinstance(feature_axis, int) else tuple(feature_axis)
+    outside = [axis for axis in named if not -x.ndim <= axis < x.ndim]
+    if outside:
+        raise ValueError(
+            f"feature_axis={feature_axis} names axis {outside[0]}, but x has shape {x.shape}; "
+            f"choose axes from {-x.ndim} to {x.ndim - 1}"
+        )
+    axes = tuple(sorted(axis % x.ndim for axis in named))
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"feature_axis={feature_axis} names one axis of x (shape {x.shape}) twice; "
+            "name each feature axis once"
+        )
+    return axes
+
+
+def batch_axes(x: Array, axes: Axes) -> Axes:
+    """The axes that statistics are taken over: all but the features."""
+    return tuple(axis for axis in range(x.ndim) if axis not in axes)
+
+
+def feature_shape(x: Array, axes: Axes) -> tuple[int, ...]:
+    """The shape of one value per feature, in the order of x's own axes."""
+    return tuple(x.shape[axis] for axis in axes)
+
+
+def batch_size(x: Array, axes: Axes) -> int:
+    """How many values of x each feature has."""
+    return math.prod(x.shape[axis] for axis in batch_axes(x, axes))
+
+
+def spread(values: Array, x: Array, axes: Axes) -> Array:
+    """One value per feature, shaped to broadcast against x."""
+    return values.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)])
+
+
+def spread_where(where: Array | np.ndarray, x: Array, axes: Axes) -> Array:
+    """A mask or weights, one for each value of x.
+
+    Raises:
+        TypeError: where is neither bool nor float.
+        ValueError: its shape fits neither x nor x without its feature axes, or (checked where
+            the values are known, outside of a trace) a weight is negative or not a number.
+    """
+    if not (where.dtype == bool or jnp.issubdtype(where.dtype, jnp.floating)):
+        raise TypeError(
+            f"where has dtype {where.dtype}; give a bool mask (True counts) or float weights, "
+            "e.g. where.astype(bool)"
+        )
+    full = tuple(where.shape)
+    if where.ndim == x.ndim - len(axes):
+        lengths = iter(where.shape)
+        full = tuple(1 if axis in axes else next(lengths) for axis in range(x.ndim))
+    if len(full) != x.ndim or any(a not in (1, b) for a, b in zip(full, x.shape, strict=True)):
+        without = tuple(x.shape[axis] for axis in batch_axes(x, axes))
+        raise ValueError(
+            f"where has shape {where.shape}, which broadcasts neither to x {x.shape} nor to x "
+            f"without its feature axes {without}; add axes of length 1, e.g. where[:, None, None]"
+        )
+    if isinstance(where, np.ndarray) and where.dtype != bool and not (where >= 0).all():
+        raise ValueError(
+            f"where holds the weight {where[~(where >= 0)][0]}; weights are counts or "
+            "importances and cannot be negative or NaN"
+        )
+    where = jnp.asarray(where).reshape(full)
+    # By arithmetic, since that also gives it x's sharding on an explicit mesh.
+    return (
+        where & jnp.ones_like(x, bool)
+        if where.dtype == bool
+        else where * jnp.ones_like(x, where.dtype)
+    )

@@ -1,0 +1,175 @@
+"""Batch normalization: measure the batch, normalize by it, remember it."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Inexact, Shaped
+
+from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
+from bn_jax.core.axes import Axes, batch_size, feature_axes, spread, spread_where
+from bn_jax.core.dtypes import real_dtype
+from bn_jax.core.moments import AxisName, center, measure_centered, origin_of, pool_centered, shift
+from bn_jax.core.normalize import (
+    BatchNormParams,
+    check_features,
+    inverse_std,
+    normalize,
+    transform,
+)
+
+
+def init(
+    features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[BatchNormParams, BatchNormState]:
+    """Parameters γ = 1, β = 0 and a state of mean 0, variance 1 that has seen nothing.
+
+    Args:
+        features: how many, or a shape for several feature axes.
+        use_scale: False leaves γ out (None), e.g. before a linear layer that scales anyway.
+        use_bias: False leaves β out (None).
+        dtype: of parameters and state; complex for complex data.
+
+    Raises:
+        ValueError: a size is negative.
+        TypeError: dtype is not inexact.
+
+    >>> params, state = init(64)
+    >>> params.scale.shape, state.mean.shape
+    ((64,), (64,))
+    """
+    shape = (features,) if isinstance(features, int) else tuple(features)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"features={features} must not be negative")
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"dtype={jnp.dtype(dtype)} has no fractions; choose e.g. jnp.float32")
+    params = BatchNormParams(
+        jnp.ones(shape, dtype) if use_scale else None,
+        jnp.zeros(shape, dtype) if use_bias else None,
+    )
+    var = jnp.ones(shape, real_dtype(dtype))
+    return params, BatchNormState(jnp.zeros(shape, dtype), var, jnp.zeros(shape, jnp.int32))
+
+
+def batch_norm(
+    x: Shaped[Array | np.ndarray, "..."],
+    params: BatchNormParams,
+    state: BatchNormState,
+    *,
+    train: bool,
+    average: Average = DebiasedEma(0.99),
+    epsilon: ArrayLike = 1e-5,
+    feature_axis: int | tuple[int, ...] = -1,
+    where: Shaped[Array | np.ndarray, "..."] | None = None,
+    unbiased: bool = True,
+    axis_name: AxisName | None = None,
+) -> tuple[Inexact[Array, "..."], BatchNormState]:
+    """Normalize each feature by the batch and remember the batch, or by what was remembered.
+
+    Training (Ioffe & Szegedy 2015, Algorithm 1): y = γ (x - μ)/√(σ² + ε) + β with the mean μ and
+    biased variance σ² of this batch; the state moves towards them, the variance times m/(m - 1).
+    Inference (Algorithm 2): the same with the state's mean and variance; the state is returned as
+    it came.
+
+    Args:
+        x: float or complex, any shape; what is not a feature axis is batch, so a convolution's
+            m is batch × locations (section 3.2).
+        params: γ and β, or None for either.
+        state: the running statistics; in training, no gradient flows into the new one.
+        train: normalize by the batch (True) or by the state (False). A Python bool: under jit,
+            mark it static.
+        average: how much of the past the state keeps, count -> weight: `DebiasedEma`, `Ema`,
+            `CumulativeAverage`, or any callable of a scalar count, e.g. an optax schedule.
+        epsilon: ε ≥ 0, in units of variance; may be traced.
+        feature_axis: the axes that are kept, negatives allowed; 1 for [batch, channels, ...].
+        where: which values count in the batch's statistics: a bool mask (True counts) or
+            non-negative float weights, of x's shape, or x's shape without the feature axes, or
+            broadcastable to either. Outputs are given for all of x; excluded values that are not
+            finite give y = β, and spoil no gradient. Not used at inference.
+        unbiased: remember the variance times m/(m - 1), as the paper does; False remembers σ²
+            itself, as flax and keras do. Normalization uses σ² itself in either case.
+        axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
+            pmap. If it is forgotten under shard_map, JAX refuses to return the state as
+            replicated. Not used at inference.
+
+    Returns:
+        (y, state): y of x's shape and dtype. A feature's state stays as it was where the batch is
+        empty or fully masked, or its moments are not finite.
+
+    Raises:
+        TypeError: x is not inexact, train is traced or no bool, where is neither bool nor float.
+        ValueError: a shape does not fit x; epsilon is negative; training with one value per
+            feature, whose variance is always zero.
+        NameError: axis_name is not bound here.
+
+    >>> import jax, jax.numpy as jnp
+    >>> params, state = init(3)
+    >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
+    >>> y, state = batch_norm(x, params, state, train=True)
+    >>> bool(jnp.allclose(y.mean(0), 0, atol=1e-6)), bool(jnp.allclose(y.std(0), 1, atol=1e-3))
+    (True, True)
+    >>> y, _ = batch_norm(x[:1], params, state, train=False)
+    """
+    x = jnp.asarray(x)
+    check_train(train)
+    axes = feature_axes(x, feature_axis)
+    check_features(x, axes, **params._asdict(), **state._asdict())
+    weights = None if where is None else spread_where(where, x, axes)
+
+    with jax.named_scope("batch_norm"):
+        if not train:
+            mean, var = state.mean, state.var
+            return normalize(
+                x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis
+            ), state
+
+        check_batch(x, axes, axis_name)
+        # BN(x) = BN(x - origin): about an origin near the mean all statistics are small numbers,
+        # so that none of them is rounded at the size of the mean.
+        origin = origin_of(x, axes, weights, axis_name)
+        centered = center(x, origin, axes, weights)
+        near = measure_centered(centered, axes, weights)
+        if axis_name is not None:
+            near = pool_centered(near, axis_name)
+        multiplier = inverse_std(near.var, epsilon)
+        y = transform(centered - spread(near.mean, x, axes), multiplier, params, axes)
+        return y.astype(x.dtype), advance(state, shift(near, origin), average, unbiased=unbiased)
+
+
+def check_train(train: bool) -> None:
+    """Refuse a traced flag: which branch runs decides what is computed."""
+    if isinstance(train, jax.core.Tracer):
+        raise TypeError(
+            "train is traced, but must be a Python bool: mark it static, "
+            "jax.jit(f, static_argnames='train'), or bind it, functools.partial(f, train=True)"
+        )
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(f"train={train!r} must be True or False")
+
+
+def check_batch(x: Array, axes: Axes, axis_name: AxisName | None) -> None:
+    """Refuse an unbound axis name, and a batch whose variance is zero whatever it holds."""
+    members = 1
+    if axis_name is not None:
+        try:
+            members = lax.axis_size(axis_name)
+        except NameError as error:
+            raise NameError(
+                f"axis_name={axis_name!r} is not bound here; bind it where the batch is split, "
+                f"e.g. jax.vmap(f, axis_name={axis_name!r}) or jax.shard_map, or leave it out "
+                "for the statistics of this array alone"
+            ) from error
+    if batch_size(x, axes) * members == 1:
+        raise ValueError(
+            f"training needs more than one value per feature, but x of shape {x.shape} has one "
+            f"on feature axes {axes}: its variance is zero and y is bias whatever x is; use a "
+            "larger batch, pool with axis_name, or train=False"
+        )

@@ -1,0 +1,152 @@
+"""How do statistics act on data?
+
+Three instances: training normalizes by the batch's own moments (Algorithm 1 of Ioffe & Szegedy
+2015, lines 3-4), inference by the running ones, test-time adaptation by those of the test batch.
+`normalize` does not ask where the statistics came from.
+"""
+
+from typing import NamedTuple
+
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Inexact, Shaped
+
+from bn_jax.core.averages import BatchNormState
+from bn_jax.core.axes import Axes, feature_axes, feature_shape, spread
+from bn_jax.core.dtypes import real_dtype, statistics_dtype
+
+
+class BatchNormParams(NamedTuple):
+    """What is learned: y = scale·x̂ + bias, γ and β of the paper. Either may be None.
+
+    Attributes:
+        scale: γ, or None for 1.
+        bias: β, or None for 0.
+    """
+
+    scale: Inexact[Array, "*features"] | None
+    bias: Inexact[Array, "*features"] | None
+
+
+def normalize(
+    x: Shaped[Array | np.ndarray, "..."],
+    mean: Inexact[Array, "*features"],
+    var: Float[Array, "*features"],
+    params: BatchNormParams,
+    *,
+    epsilon: ArrayLike = 1e-5,
+    feature_axis: int | tuple[int, ...] = -1,
+) -> Inexact[Array, "..."]:
+    """Whiten each feature by the given statistics, then scale and shift it.
+
+    y = γ (x - μ)/√(σ² + ε) + β  (Algorithm 1, lines 3-4). Differentiable in everything. Where
+    σ² + ε = 0 (a constant feature and ε = 0), y = β and the gradient is finite.
+
+    Args:
+        x: float or complex, any shape.
+        mean: μ, one per feature.
+        var: σ², one per feature.
+        params: γ and β, one per feature, or None.
+        epsilon: ε ≥ 0, in the units of var.
+        feature_axis: the axes that mean, var and params belong to, in the order of x's axes.
+
+    Returns:
+        y, of x's shape and dtype; computed in at least float32.
+
+    Raises:
+        TypeError: x is not inexact.
+        ValueError: a shape does not fit x, or epsilon is negative or not finite.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> params = BatchNormParams(scale=jnp.array([10.0]), bias=None)
+    >>> normalize(x, jnp.array([2.0]), jnp.array([1.0]), params, epsilon=0.0).tolist()
+    [[-10.0], [10.0]]
+    """
+    x = jnp.asarray(x)
+    axes = feature_axes(x, feature_axis)
+    check_features(x, axes, mean=mean, var=var, scale=params.scale, bias=params.bias)
+    wide = statistics_dtype(x.dtype)
+    centered = x.astype(wide) - spread(jnp.asarray(mean, wide), x, axes)
+    multiplier = inverse_std(jnp.asarray(var, real_dtype(wide)), epsilon)
+    return transform(centered, multiplier, params, axes).astype(x.dtype)
+
+
+def as_affine(
+    params: BatchNormParams, state: BatchNormState, *, epsilon: ArrayLike = 1e-5
+) -> tuple[Inexact[Array, "*features"], Inexact[Array, "*features"]]:
+    """The inference map as y = scale·x + offset (Algorithm 2, line 11).
+
+    scale = γ/√(Var + ε), offset = β - scale·E[x]. For folding into a neighbouring linear map; to
+    normalize data, `normalize` is more accurate, since x - E[x] comes first.
+
+    Returns:
+        (scale, offset), one per feature, in at least float32.
+
+    Raises:
+        ValueError: epsilon is negative or not finite.
+
+    >>> import jax.numpy as jnp
+    >>> state = BatchNormState(jnp.array([2.0]), jnp.array([4.0]), jnp.array([1]))
+    >>> scale, offset = as_affine(BatchNormParams(None, None), state, epsilon=0.0)
+    >>> scale.tolist(), offset.tolist()
+    ([0.5], [-1.0])
+    """
+    wide = statistics_dtype(state.mean.dtype)
+    multiplier = inverse_std(jnp.asarray(state.var, real_dtype(wide)), epsilon).astype(wide)
+    scale = multiplier if params.scale is None else multiplier * params.scale.astype(wide)
+    offset = -scale * state.mean.astype(wide)
+    return scale, offset if params.bias is None else offset + params.bias.astype(wide)
+
+
+# The pieces from which `normalize` and `batch_norm` are put together.
+
+
+def transform(centered: Array, multiplier: Array, params: BatchNormParams, axes: Axes) -> Array:
+    """γ·multiplier·centered + β, in the dtype of centered."""
+    wide = centered.dtype
+    multiplier = multiplier.astype(wide)
+    if params.scale is not None:
+        multiplier = multiplier * params.scale.astype(wide)
+    y = centered * spread(multiplier, centered, axes)
+    return y if params.bias is None else y + spread(params.bias.astype(wide), y, axes)
+
+
+def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
+    """1/√(σ² + ε), and 0 where that is 1/0: a feature without spread is centered, not scaled."""
+    check_epsilon(epsilon)
+    padded = var + jnp.asarray(epsilon, var.dtype)
+    positive = padded > 0
+    return jnp.where(positive, lax.rsqrt(jnp.where(positive, padded, 1)), jnp.zeros_like(var))
+
+
+def check_epsilon(epsilon: ArrayLike) -> None:
+    """Refuse what can only be a mistake; a traced epsilon is taken as it is."""
+    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= np.asarray(epsilon) < np.inf:
+        raise ValueError(f"epsilon={epsilon} must be finite and not negative, e.g. 1e-5")
+
+
+def check_features(x: Array, axes: Axes, **values: Array | None) -> None:
+    """Refuse per-feature values that do not fit x in shape or complexity, by their names."""
+    shape = feature_shape(x, axes)
+    for name, value in values.items():
+        if value is not None and mixes_complex(name, value, x):
+            raise TypeError(
+                f"{name} has dtype {value.dtype} and x {x.dtype}; complex data need a complex "
+                f"state and real data a real one: init({shape}, dtype=jnp.{x.dtype})"
+            )
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but x of shape {x.shape} has features of "
+                f"shape {shape} on axes {axes}; set feature_axis, or init({shape})"
+            )
+
+
+def mixes_complex(name: str, value: Array, x: Array) -> bool:
+    """Whether a value would lose its imaginary part, or x its own to a real mean."""
+    return jnp.iscomplexobj(value) > jnp.iscomplexobj(x) or (
+        name == "mean" and jnp.iscomplexobj(x) and not jnp.iscomplexobj(value)
+    )
