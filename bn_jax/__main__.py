@@ -1,0 +1,6 @@
+"""`python -m bn_jax`: the command line."""
+
+from bn_jax.cli import main
+
+if __name__ == "__main__":
+    main()

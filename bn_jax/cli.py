@@ -1,0 +1,91 @@
+"""The command line: `bn-jax train`, `bn-jax evaluate`, also as `python -m bn_jax`.
+
+A command is a function; its arguments, types and docstring are its flags and its help.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.markup import escape
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"bn-jax needs {error.name} to train; install it with: pip install 'bn-jax[train]'"
+    ) from error
+
+from bn_jax.train.config import TrainConfig
+
+app = tyro.extras.SubcommandApp()
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+@app.command
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train with batch norm and without, on MNIST, and compare.
+
+    By default the paper's experiment: 3 hidden layers of 100 sigmoids, 50,000 steps of 60
+    examples. Shows progress, prints a table, and leaves config.json, metrics.jsonl, summary.json,
+    curves.png and checkpoints in the run's folder.
+    """
+    choose_device(config.device)
+    from bn_jax.train.experiment import Interrupted, run_experiment
+
+    try:
+        run_experiment(config, stdout)
+    except Interrupted as stop:
+        stderr.print(f"[yellow]{escape(str(stop))}[/yellow]")
+        raise SystemExit(130) from None
+
+
+@app.command
+def evaluate(run: tyro.conf.Positional[Path], data_dir: Path | None = None) -> None:
+    """Score a run's newest checkpoints on the test set, by their running statistics.
+
+    Args:
+        run: The run's folder.
+        data_dir: The folder with the data set's files, if no longer where the run had it.
+    """
+    from rich.table import Table
+
+    from bn_jax.train.display import TITLES
+    from bn_jax.train.experiment import evaluate_run
+    from bn_jax.train.run_folder import RunFolder
+
+    table = Table("", "step", "test accuracy", title=str(run), title_justify="left")
+    for arm, row in evaluate_run(RunFolder(run), data_dir).items():
+        table.add_row(TITLES[arm], f"{row['step']:,}", f"{row['test_accuracy']:.4f}")
+    stdout.print(table)
+
+
+def choose_device(device: str) -> None:
+    """Make JAX compute on the kind of device that was asked for, or refuse."""
+    if device == "auto":
+        return
+    import jax
+
+    try:
+        jax.config.update("jax_default_device", jax.devices(device)[0])
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {device}: JAX finds none here ({error}); install jax's build for it, or "
+            "choose --device auto"
+        ) from error
+
+
+def main() -> None:
+    """Run a command; what the user can mend is one line and status 2, not a traceback."""
+    try:
+        app.cli(prog="bn-jax", description="Batch normalization for JAX.")
+    except (ValueError, OSError) as error:
+        stderr.print(f"[red]error:[/red] {escape(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

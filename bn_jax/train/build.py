@@ -1,0 +1,77 @@
+"""From a configuration to the objects that train: model, normalization, optimizer."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import optax
+
+from bn_jax.core.averages import Average, CumulativeAverage, DebiasedEma, Ema
+from bn_jax.layers.linen import BatchNorm
+from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.models import CNN, MLP, Normalization, TowerClassifier, he_normal
+
+ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu, "tanh": nn.tanh}
+
+
+def build_average(config: TrainConfig) -> Average:
+    """The moving average of the running statistics."""
+    if config.average == "cumulative":
+        return CumulativeAverage()
+    return {"ema": Ema, "debiased": DebiasedEma}[config.average](config.decay)
+
+
+def build_normalization(config: TrainConfig, arm: Arm) -> Normalization | None:
+    """What makes the normalization modules of an arm; a new normalizer joins here."""
+    if arm == "none":
+        return None
+    return functools.partial(
+        BatchNorm, average=build_average(config), unbiased=True, epsilon=config.epsilon
+    )
+
+
+def build_model(config: TrainConfig, arm: Arm) -> nn.Module:
+    """The network of an arm."""
+    normalization = build_normalization(config, arm)
+    activation = ACTIVATIONS[config.activation]
+    init = he_normal if config.init_std is None else nn.initializers.normal(config.init_std)
+    if config.model == "tower":
+        return TowerClassifier(
+            config.filters, config.blocks, normalization=normalization, kernel_init=init
+        )
+    layer = {
+        "activation": activation,
+        "normalization": normalization,
+        "placement": config.placement,
+    }
+    if config.model == "cnn":
+        return CNN(config.filters, kernel_init=init, **layer)
+    if config.init_std is None:
+        return MLP(config.hidden, **layer)
+    return MLP(config.hidden, kernel_init=init, **layer)
+
+
+def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimizer with its schedule, and weight decay on kernels alone."""
+    steps, rate = max(config.steps, 1), config.learning_rate
+    schedule = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, steps),
+        "exponential": lambda: optax.exponential_decay(rate, steps, 0.01),
+    }[config.schedule]()
+    direction = {
+        "sgd": optax.identity,
+        "momentum": functools.partial(optax.trace, decay=0.9),
+        "adam": optax.scale_by_adam,
+    }[config.optimizer]()
+    decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
+    return optax.chain(
+        direction,
+        decay if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def is_kernel(params: optax.Params) -> optax.Params:
+    """True for the leaves that weight decay shrinks: kernels, not biases, not scale."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -1,0 +1,144 @@
+"""Everything that a training run can choose, with the paper's experiment as the default."""
+
+import dataclasses
+import json
+import math
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+Arm = Literal["batch", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run; the defaults are section 4.1 of Ioffe & Szegedy (2015).
+
+    The paper gives the network, 50,000 steps of 60 examples and a binary input. It does not give
+    the learning rate, the initial standard deviation, epsilon, or how the input is made binary:
+    those defaults are the ones found closest to its Figure 1.
+
+    Raises:
+        ValueError: a value is out of range, with the field's name and what it may be.
+    """
+
+    dataset: Literal["mnist", "fashion-mnist"] = "mnist"
+    """The data set; both have 60,000 training and 10,000 test images, 28 by 28."""
+    data_dir: Path | None = None
+    """A folder with the data set's four files. By default they are fetched once, and cached."""
+    binarization: Literal["threshold", "stochastic", "none"] = "threshold"
+    """How grey levels become the paper's binary input: above 127 is 1; drawn anew at each step with
+    the grey level as probability; or not at all (grey levels between 0 and 1)."""
+
+    model: Literal["mlp", "cnn", "tower"] = "mlp"
+    """mlp: the paper's fully connected network. cnn: two convolutions and a dense layer. tower:
+    AlphaGo Zero's residual tower with its policy head."""
+    hidden: tuple[int, ...] = (100, 100, 100)
+    """Sizes of the mlp's hidden layers."""
+    filters: int = 16
+    """Feature maps of the cnn's first convolution, or of every convolution of the tower."""
+    blocks: int = 2
+    """Residual blocks of the tower."""
+    activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
+    """The nonlinearity g. The tower always uses relu."""
+    init_std: float | None = None
+    """Standard deviation of the Gaussian initial weights. By default 0.03 for the mlp, and
+    √(2/inputs) for cnn and tower (He et al. 2015)."""
+
+    norm: Literal["both", "batch", "none"] = "both"
+    """With batch normalization, without, or one run of each to compare."""
+    placement: Literal["pre-activation", "input"] = "pre-activation"
+    """Where batch norm stands: z = g(BN(Wu)), the paper's choice, or z = g(W BN(u) + b), which it
+    considers and rejects (section 3.2). For mlp and cnn."""
+    average: Literal["ema", "debiased", "cumulative"] = "debiased"
+    """The moving average of the statistics that inference uses."""
+    decay: float = 0.99
+    """Weight of the past in that average (ema and debiased)."""
+    epsilon: float = 1e-5
+    """Added to the variance."""
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """Plain SGD, SGD with momentum 0.9, or Adam."""
+    learning_rate: float = 0.1
+    """The (initial) learning rate."""
+    schedule: Literal["constant", "cosine", "exponential"] = "constant"
+    """Constant; to zero along a cosine; or down to a hundredth, exponentially."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, times the learning rate; spares biases and batch norm's scale."""
+    batch_size: int = 60
+    """Examples per step."""
+    steps: int = 50_000
+    """Training steps."""
+    seed: int = 0
+    """Seed of initial weights, order of examples and stochastic input."""
+
+    evaluate_every: int = 500
+    """Steps between evaluations on the test set."""
+    checkpoint_every: int = 5_000
+    """Steps between checkpoints, rounded up to evaluations; the last step always has one."""
+    run_dir: Path | None = None
+    """The run's folder, new or empty. By default runs/DATE-TIME."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Where to compute; auto is JAX's own choice."""
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(kind) is Literal:
+                self.demand(name, getattr(self, name) in typing.get_args(kind), one_of(kind))
+        for name in ("filters", "batch_size", "evaluate_every", "checkpoint_every"):
+            self.demand(name, is_count(getattr(self, name), 1), "a positive integer")
+        for name in ("blocks", "steps", "seed"):
+            self.demand(name, is_count(getattr(self, name), 0), "an integer of at least 0")
+        widths = all(is_count(size, 1) for size in self.hidden)
+        self.demand("hidden", widths, "positive integers, e.g. 100 100 100")
+        for name in ("learning_rate", "epsilon", "weight_decay"):
+            self.demand(name, 0 <= getattr(self, name) < math.inf, "finite and at least 0")
+        self.demand("init_std", self.init_std is None or 0 < self.init_std < math.inf, "positive")
+        self.demand("decay", 0 <= self.decay <= 1, "between 0 and 1")
+        fits = self.placement == "pre-activation" or self.model != "tower"
+        self.demand("placement", fits, "pre-activation for the tower, whose blocks fix it")
+
+    def demand(self, name: str, satisfied: bool, rule: str) -> None:
+        """Raise a ValueError that names the field, its value and the rule, unless satisfied."""
+        if not satisfied:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(self, name)}: must be {rule}")
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The normalizations to train with, in order."""
+        return ("batch", "none") if self.norm == "both" else (self.norm,)
+
+    def to_json(self) -> str:
+        """All fields as JSON, for people and for `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """The configuration that `to_json` wrote; checked like any other.
+
+        Raises:
+            ValueError: the text is not a JSON object, or has a field that does not exist.
+        """
+        fields: dict[str, Any] = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError("the configuration is not a JSON object")
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown field {min(unknown)!r} in the configuration")
+        for name in ("data_dir", "run_dir"):
+            if fields.get(name) is not None:
+                fields[name] = Path(fields[name])
+        if "hidden" in fields:
+            fields["hidden"] = tuple(fields["hidden"])
+        return cls(**fields)
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether value is an integer (True and False are not) of at least least."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def one_of(kind: Any) -> str:
+    """The values of a Literal, in words."""
+    return "one of " + ", ".join(map(str, typing.get_args(kind)))

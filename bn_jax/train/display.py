@@ -1,0 +1,77 @@
+"""What a person sees of a run: progress while it lasts, a table and a plot at its end."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.loop import Evaluation
+from bn_jax.train.summary import LEVELS
+
+TITLES: dict[Arm, str] = {"batch": "with batch norm", "none": "without"}
+COLORS: dict[Arm, str] = {"batch": "tab:blue", "none": "tab:orange"}
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """A live bar per arm: step, loss, test accuracy, time left."""
+    with Progress(
+        TextColumn("{task.description:>15}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  test accuracy {task.fields[accuracy]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    ) as progress:
+        yield progress
+
+
+def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
+    """The arms side by side."""
+    what = f"{config.dataset}, {config.model}: {config.steps:,} steps of {config.batch_size}"
+    table = Table(title=f"Test accuracy on {what}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    headings = ["accuracy", *(f"steps to {level:.2f}" for level in LEVELS), "steps/s"]
+    for heading in headings:
+        table.add_column(heading, justify="right", min_width=8)
+    for arm, row in summary["arms"].items():
+        steps = [f"{n:,}" if n else "–" for n in row["steps_to"].values()]
+        rate = row["examples_per_second"]
+        speed = f"{rate / config.batch_size:,.0f}" if rate else "–"
+        table.add_row(TITLES[arm], f"{row['final_test_accuracy']:.4f}", *steps, speed)
+    ratios = summary.get("steps_without_over_with")
+    if ratios:
+        ratio = [f"{r:.1f}×" if r else "–" for r in ratios.values()]
+        table.add_row("without ÷ with", "", *ratio, "", style="dim")
+    return table
+
+
+def plot_curves(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> bytes:
+    """Test accuracy and training loss over steps, as a PNG."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    for arm, evaluations in arms.items():
+        style = {"label": TITLES[arm], "color": COLORS[arm]}
+        steps = [e.step for e in evaluations]
+        accuracy.plot(steps, [e.test_accuracy for e in evaluations], **style)
+        loss.plot(steps[1:], [e.train_loss for e in evaluations[1:]], **style)
+    finals = [e[-1].test_accuracy for e in arms.values()]
+    # As in the paper's Figure 1(a): the interesting part is near the top.
+    accuracy.set(xlabel="step", ylabel="test accuracy", ylim=(0.7 if max(finals) > 0.9 else 0, 1))
+    loss.set(xlabel="step", ylabel="training loss", yscale="log")
+    for axes in (accuracy, loss):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(
+        f"{config.dataset}, {config.model}, {config.optimizer} at {config.learning_rate:g}, "
+        f"batches of {config.batch_size}"
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,137 @@
+"""`bn-jax train` and `bn-jax evaluate`: the arms of an experiment, and what is left on disk."""
+
+import functools
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from bn_jax.data import Dataset, load
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.checkpoint import Checkpoints, load_newest
+from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
+from bn_jax.train.loop import Evaluation, check_batch_size, train
+from bn_jax.train.run_folder import RunFolder, finite, metrics_line
+from bn_jax.train.step import accuracy, init_state
+from bn_jax.train.summary import summarize
+
+
+class Interrupted(Exception):
+    """The user stopped the run; the message says what is kept."""
+
+
+def run_experiment(config: TrainConfig, console: Console) -> RunFolder:
+    """Train every arm of a configuration, show it, and write the run folder.
+
+    Raises:
+        DataError: the data set cannot be had.
+        ValueError: the batch is larger than the data, or the run folder is taken.
+        Interrupted: by Ctrl-C; the last checkpoint stays good and is named.
+    """
+    data = load(config.dataset, data_dir=config.data_dir)
+    check_batch_size(config, data)
+    folder = RunFolder.create(config)
+    console.print(f"{machine()}; run folder [bold]{folder.path}[/bold]")
+    arms: dict[Arm, list[Evaluation]] = {}
+    with progress_bars(console) as progress:
+        waiting = {"total": config.steps, "loss": "  –   ", "accuracy": "  –  "}
+        tasks = {a: progress.add_task(TITLES[a], start=False, **waiting) for a in config.arms}
+        for arm in config.arms:
+            progress.start_task(tasks[arm])
+
+            def show(evaluation: Evaluation, task: Any = tasks[arm]) -> None:
+                progress.update(
+                    task,
+                    completed=evaluation.step,
+                    loss=f"{evaluation.train_loss:.4f}",
+                    accuracy=f"{evaluation.test_accuracy:.4f}",
+                )
+
+            arms[arm] = run_arm(config, arm, data, folder, show)
+    summary = {**summarize(arms), "config": json.loads(config.to_json()), "versions": versions()}
+    folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
+    folder.write("curves.png", plot_curves(arms, config))
+    console.print(comparison_table(summary, config))
+    console.print(f"Curves, metrics and checkpoints are in [bold]{folder.path}[/bold].")
+    return folder
+
+
+def run_arm(
+    config: TrainConfig,
+    arm: Arm,
+    data: Dataset,
+    folder: RunFolder,
+    show: Callable[[Evaluation], None],
+) -> list[Evaluation]:
+    """Train one arm, writing a line of metrics per evaluation and checkpoints as they fall due."""
+    evaluations, saved = [], 0
+    checkpoints = Checkpoints(folder.checkpoints(arm))
+    try:
+        with folder.open_metrics() as metrics:
+            model, optimizer = build_model(config, arm), build_optimizer(config)
+            for state, evaluation in train(config, model, optimizer, data):
+                evaluations.append(evaluation)
+                metrics.write(metrics_line(arm, evaluation))
+                metrics.flush()
+                show(evaluation)
+                due = evaluation.step >= saved + config.checkpoint_every
+                if due or evaluation.step == config.steps:
+                    checkpoints.save(state)
+                    saved = evaluation.step
+    except KeyboardInterrupt:
+        kept = checkpoints.finish()
+        step = evaluations[-1].step if evaluations else 0
+        where = f"the last checkpoint is {kept}" if kept else "no checkpoint was due yet"
+        raise Interrupted(f"stopped at step {step:,} ({TITLES[arm]}); {where}") from None
+    except BaseException:
+        checkpoints.finish()
+        raise
+    checkpoints.finish()
+    return evaluations
+
+
+def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, dict[str, Any]]:
+    """The test accuracy of each arm's newest checkpoint, by its running statistics.
+
+    Args:
+        folder: of a run.
+        data_dir: where the data set is, if no longer where the run had it.
+
+    Raises:
+        RunFolderError, CheckpointError, DataError: what is missing or damaged.
+    """
+    config = folder.read_config()
+    data = load(config.dataset, data_dir=data_dir or config.data_dir)
+    images, labels = jnp.asarray(data.test_images), jnp.asarray(data.test_labels)
+    results: dict[Arm, dict[str, Any]] = {}
+    for arm in config.arms:
+        model, optimizer = build_model(config, arm), build_optimizer(config)
+        like = jax.eval_shape(lambda m=model, o=optimizer: init_state(m, o, images[:2], 0))
+        state = load_newest(folder.checkpoints(arm), like)
+        score = jax.jit(functools.partial(accuracy, model, config.binarization))
+        results[arm] = finite(
+            {"step": int(state.step), "test_accuracy": float(score(state, images, labels))}
+        )
+    return results
+
+
+def versions() -> dict[str, str]:
+    """The versions and hardware that a result belongs to."""
+    packages = ("bn-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {name: version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "device": machine(),
+    }
+
+
+def machine() -> str:
+    """The device in words."""
+    device = jax.devices()[0]
+    return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"

@@ -1,0 +1,96 @@
+"""A run's folder: what was asked, what happened, how it ended."""
+
+import json
+import math
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.loop import Evaluation
+
+
+class RunFolderError(ValueError):
+    """A run's folder cannot be made or read."""
+
+
+class RunFolder:
+    """The files of one run.
+
+    `config.json` is written first; `metrics.jsonl` grows by a line per evaluation; `summary.json`
+    and `curves.png` come at the end, whole or not at all; `checkpoints/ARM/STEP` as they fall due.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "RunFolder":
+        """A new folder for a run.
+
+        Raises:
+            RunFolderError: it already holds something, or cannot be made.
+        """
+        path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                kept = "a run" if (path / "config.json").exists() else "other files"
+                raise RunFolderError(
+                    f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
+                )
+            folder = cls(path)
+            folder.write("config.json", config.to_json())
+        except OSError as error:
+            raise RunFolderError(
+                f"--run-dir {path}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        return folder
+
+    def read_config(self) -> TrainConfig:
+        """The run's configuration.
+
+        Raises:
+            RunFolderError: there is none, or it is not one.
+        """
+        path = self.path / "config.json"
+        try:
+            return TrainConfig.from_json(path.read_text())
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{self.path} is no run: it has no config.json") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(f"{path} cannot be read: {error}") from error
+
+    def checkpoints(self, arm: Arm) -> Path:
+        """The folder of an arm's checkpoints."""
+        return self.path / "checkpoints" / arm
+
+    def open_metrics(self) -> TextIO:
+        """`metrics.jsonl`, to add lines to."""
+        return (self.path / "metrics.jsonl").open("a")
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """A whole file, or none: written under another name, then renamed."""
+        path, partial = self.path / name, self.path / f".{name}.partial"
+        data = content.encode() if isinstance(content, str) else content
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+
+def metrics_line(arm: Arm, evaluation: Evaluation) -> str:
+    """One line of `metrics.jsonl`; what is not finite is null, since JSON has no NaN."""
+    return json.dumps({"arm": arm, **finite(evaluation._asdict())}) + "\n"
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for what is not finite."""
+    bad = {k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {key: None if key in bad else value for key, value in record.items()}

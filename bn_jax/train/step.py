@@ -1,0 +1,103 @@
+"""One page: the training state, the loss, a training step, an evaluation."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, Int, UInt8
+
+Binarization = Literal["threshold", "stochastic", "none"]
+Images = UInt8[Array, "batch height width"]
+Labels = Int[Array, " batch"]
+
+
+class TrainState(NamedTuple):
+    """All that is needed to go on.
+
+    Attributes:
+        params: what the optimizer learns.
+        batch_stats: running statistics of the normalizations; empty without any.
+        opt_state: the optimizer's own.
+        step: how many steps have been taken.
+        key: of the run; what a step draws depends on it and the step alone.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key: Array
+
+
+TrainStep = Callable[[TrainState, Images, Labels], tuple[TrainState, Float[Array, ""]]]
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, images: Images, seed: int
+) -> TrainState:
+    """The state before the first step; images give the shape only."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros(images.shape, jnp.float32), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(params, batch_stats, optimizer.init(params), step, run_key)
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, binarization: Binarization
+) -> TrainStep:
+    """A function (state, images, labels) -> (state, mean loss of the batch before the step)."""
+
+    def train_step(
+        state: TrainState, images: Images, labels: Labels
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        key = jax.random.fold_in(state.key, state.step)
+        inputs = binarize(images, binarization, key)
+
+        def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return loss, updates.get("batch_stats", {})
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
+
+    return train_step
+
+
+def accuracy(
+    model: nn.Module, binarization: Binarization, state: TrainState, images: Images, labels: Labels
+) -> Float[Array, ""]:
+    """The share of images that the network labels rightly, by its running statistics.
+
+    Under a stochastic input, all evaluations see the same draw.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    key = jax.random.key(0)
+
+    def correct(chunk: tuple[Images, Labels]) -> Array:
+        inputs = binarize(chunk[0], binarization, key)
+        logits: Any = model.apply(variables, inputs, train=False)
+        return jnp.argmax(logits, -1) == chunk[1]
+
+    # In chunks, since the activations of 10,000 images at once can be gigabytes.
+    size = next(size for size in (1000, 100, 10, 1) if len(images) % size == 0)
+    chunks = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (images, labels))
+    return jnp.mean(jax.lax.map(correct, chunks).astype(jnp.float32))
+
+
+def binarize(images: Images, binarization: Binarization, key: Array) -> Float[Array, "..."]:
+    """Grey levels 0..255 as the network's input, 0 or 1 (or between, with "none")."""
+    if binarization == "threshold":
+        return (images > 127).astype(jnp.float32)
+    grey = images.astype(jnp.float32) / 255
+    if binarization == "stochastic":
+        return jax.random.bernoulli(key, grey).astype(jnp.float32)
+    return grey
