@@ -15,11 +15,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Int
 
-from bn_jax.core.dtypes import real_dtype
+from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.moments import Moments, share
 
 Average = Callable[[Array], ArrayLike]
@@ -59,7 +60,7 @@ class Ema:
     0.9
     """
 
-    decay: float
+    decay: float | int
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
@@ -87,7 +88,7 @@ class DebiasedEma:
     [0.0, 0.474, 0.854, 0.9]
     """
 
-    decay: float
+    decay: float | int
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
@@ -126,8 +127,8 @@ def advance(
     variance times m/(m - 1) (Ioffe & Szegedy 2015, section 3.1).
 
     Nothing bad enters: a feature keeps its state, count included, where the batch has no values
-    (or, if unbiased, no more than one), or where its moments are not finite. No gradient flows
-    into the new state.
+    (or, if unbiased, no more than one), or where its new statistics would not be finite. No
+    gradient flows into the new state.
 
     Args:
         state: the running statistics.
@@ -155,27 +156,26 @@ def advance(
             "measure with the feature_axis that the state was made for"
         )
     state, moments = lax.stop_gradient((state, moments))
-    real = real_dtype(moments.mean.dtype)
+    real = statistics_dtype(state.var.dtype)
     kept = jnp.vectorize(lambda count: jnp.asarray(average(count), real))(state.count)
-    least = 1 if unbiased else 0
-    var = moments.var
-    if unbiased:
-        var = share(moments.count, moments.count - 1) * var
-    good = (moments.count > least) & jnp.isfinite(moments.mean) & jnp.isfinite(var)
+    new = share(moments.count, moments.count - 1) * moments.var if unbiased else moments.var
 
-    def mix(past: Array, new: Array) -> Array:
-        new = jnp.where(good, new, jnp.zeros_like(new))
-        mixed = kept * past.astype(new.dtype) + (1 - kept) * new
-        return jnp.where(good, mixed.astype(past.dtype), past)
+    def mix(past: Array | np.ndarray, new: Array | np.ndarray) -> Array:
+        wide = statistics_dtype(past.dtype)
+        mixed = kept.astype(wide) * past.astype(wide) + (1 - kept).astype(wide) * new.astype(wide)
+        return mixed.astype(past.dtype)
 
+    mean, var = mix(state.mean, moments.mean), mix(state.var, new)
+    seen = moments.count > (1 if unbiased else 0)
+    good = seen & jnp.isfinite(mean) & jnp.isfinite(var)
     return BatchNormState(
-        mix(state.mean, moments.mean),
-        mix(state.var, var),
+        jnp.where(good, mean, state.mean),
+        jnp.where(good, var, state.var),
         state.count + good.astype(state.count.dtype),
     )
 
 
-def check_decay(decay: float) -> None:
+def check_decay(decay: float | int) -> None:
     """Refuse what is no weight."""
     if not 0 <= decay <= 1:
         raise ValueError(

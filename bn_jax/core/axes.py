@@ -8,7 +8,9 @@ statistics are taken over all the others.
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -53,6 +55,18 @@ def batch_size(x: Array, axes: Axes) -> int:
     return math.prod(x.shape[axis] for axis in batch_axes(x, axes))
 
 
+def collapse(x: Array, axes: Axes) -> tuple[Array, Axes]:
+    """X and its feature axes, neighbours of one kind joined where x has more than six axes.
+
+    jaxlib 0.10.2 and 0.11 crash on the CPU in reductions of rank 7 and 8 (jax-ml/jax#40412).
+    """
+    if x.ndim < 7:
+        return x, axes
+    groups = [list(group) for _, group in groupby(range(x.ndim), key=lambda axis: axis in axes)]
+    joined = x.reshape([math.prod(x.shape[axis] for axis in group) for group in groups])
+    return joined, tuple(n for n, group in enumerate(groups) if group[0] in axes)
+
+
 def spread(values: Array, x: Array, axes: Axes) -> Array:
     """One value per feature, shaped to broadcast against x."""
     return values.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)])
@@ -81,11 +95,13 @@ def spread_where(where: Array | np.ndarray, x: Array, axes: Axes) -> Array:
             f"where has shape {where.shape}, which broadcasts neither to x {x.shape} nor to x "
             f"without its feature axes {without}; add axes of length 1, e.g. where[:, None, None]"
         )
-    if isinstance(where, np.ndarray) and where.dtype != bool and not (where >= 0).all():
-        raise ValueError(
-            f"where holds the weight {where[~(where >= 0)][0]}; weights are counts or "
-            "importances and cannot be negative or NaN"
-        )
+    if where.dtype != bool and not isinstance(where, jax.core.Tracer):
+        weights = np.asarray(where)
+        if not (weights >= 0).all():
+            raise ValueError(
+                f"where holds the weight {weights[~(weights >= 0)][0]}; weights are counts or "
+                "importances and cannot be negative or NaN"
+            )
     where = jnp.asarray(where).reshape(full)
     # By arithmetic, since that also gives it x's sharding on an explicit mesh.
     return (

@@ -11,16 +11,18 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact, Shaped
 
 from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
-from bn_jax.core.axes import Axes, batch_size, feature_axes, spread, spread_where
-from bn_jax.core.dtypes import real_dtype
-from bn_jax.core.moments import AxisName, center, measure_centered, origin_of, pool_centered, shift
-from bn_jax.core.normalize import (
-    BatchNormParams,
-    check_features,
-    inverse_std,
-    normalize,
-    transform,
+from bn_jax.core.axes import (
+    Axes,
+    batch_size,
+    collapse,
+    feature_axes,
+    feature_shape,
+    spread_where,
 )
+from bn_jax.core.dtypes import real_dtype, statistics_dtype
+from bn_jax.core.moments import AxisName, Moments
+from bn_jax.core.normalize import BatchNormParams, check_epsilon, check_features, normalize
+from bn_jax.core.standardize import standardize
 
 
 def init(
@@ -64,10 +66,10 @@ def batch_norm(
     params: BatchNormParams,
     state: BatchNormState,
     *,
-    train: bool,
+    train: bool | np.bool_ | Array,
     average: Average = DebiasedEma(0.99),
     epsilon: ArrayLike = 1e-5,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     where: Shaped[Array | np.ndarray, "..."] | None = None,
     unbiased: bool = True,
     axis_name: AxisName | None = None,
@@ -132,19 +134,18 @@ def batch_norm(
             ), state
 
         check_batch(x, axes, axis_name)
-        # BN(x) = BN(x - origin): about an origin near the mean all statistics are small numbers,
-        # so that none of them is rounded at the size of the mean.
-        origin = origin_of(x, axes, weights, axis_name)
-        centered = center(x, origin, axes, weights)
-        near = measure_centered(centered, axes, weights)
-        if axis_name is not None:
-            near = pool_centered(near, axis_name)
-        multiplier = inverse_std(near.var, epsilon)
-        y = transform(centered - spread(near.mean, x, axes), multiplier, params, axes)
-        return y.astype(x.dtype), advance(state, shift(near, origin), average, unbiased=unbiased)
+        check_epsilon(epsilon)
+        epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
+        shape, features = x.shape, state.mean.shape
+        x, axes = collapse(x, axes)
+        weights = None if weights is None else weights.reshape(x.shape)
+        params = jax.tree.map(lambda p: jnp.asarray(p).reshape(feature_shape(x, axes)), params)
+        y, moments = standardize(axes, axis_name, x, params, epsilon, weights)
+        moments = Moments(*(part.reshape(features) for part in moments))
+        return y.reshape(shape), advance(state, moments, average, unbiased=unbiased)
 
 
-def check_train(train: bool) -> None:
+def check_train(train: object) -> None:
     """Refuse a traced flag: which branch runs decides what is computed."""
     if isinstance(train, jax.core.Tracer):
         raise TypeError(

@@ -10,6 +10,7 @@ large against the spread, and even an exact mean cannot be stored exactly; but t
 x - origin are small numbers, and x - origin itself is exact for the values near the origin.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from bn_jax.core.axes import (
     Axes,
     batch_axes,
     batch_size,
+    collapse,
     feature_axes,
     feature_shape,
     spread,
@@ -46,10 +48,24 @@ class Moments(NamedTuple):
     count: Float[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
+class Sums(NamedTuple):
+    """What moments are made of: additive over disjoint sets of values.
+
+    Attributes:
+        total: Σ w d, of deviations d from an origin.
+        square: Σ w |d|².
+        count: Σ w.
+    """
+
+    total: Inexact[Array, "*features"]
+    square: Float[Array, "*features"]
+    count: Float[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
 def measure(
     x: Shaped[Array | np.ndarray, "..."],
     *,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     where: Shaped[Array | np.ndarray, "..."] | None = None,
 ) -> Moments:
     """The moments of each feature of one array.
@@ -77,9 +93,13 @@ def measure(
     """
     x = jnp.asarray(x)
     axes = feature_axes(x, feature_axis)
+    features = feature_shape(x, axes)
     weights = None if where is None else spread_where(where, x, axes)
+    x, axes = collapse(x, axes)
+    weights = None if weights is None else weights.reshape(x.shape)
     origin = origin_of(x, axes, weights)
-    return shift(measure_centered(center(x, origin, axes, weights), axes, weights), origin)
+    moments = shift(moments_of(add_up(center(x, origin, axes), axes, weights)), origin)
+    return Moments(*(part.reshape(features) for part in moments))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -101,7 +121,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     difference = b.mean - a.mean
     # Step from the larger set: when it is all there is, the step is exactly zero.
     mean = jnp.where(
-        share_b <= share_a, a.mean + difference * share_b, b.mean - difference * share_a
+        share_b <= share_a,
+        a.mean + share_b.astype(difference.dtype) * difference,
+        b.mean - share_a.astype(difference.dtype) * difference,
     )
     var = share_a * a.var + share_b * b.var + share_a * share_b * square(difference)
     return Moments(mean, var, count)
@@ -127,9 +149,10 @@ def pool(moments: Moments, axis_name: AxisName) -> Moments:
     >>> pooled.mean.tolist() == [measure(x).mean.tolist()] * 3
     True
     """
-    origin = shared_origin(moments.mean, moments.count > 0, axis_name)
-    near = moments._replace(mean=moments.mean - origin)
-    return shift(pool_centered(near, axis_name), origin)
+    origin = shared_origin(moments.mean, moments.count, axis_name)
+    mean, var, count = moments._replace(mean=moments.mean - origin)
+    sums = Sums(count.astype(mean.dtype) * mean, count * (var + square(mean)), count)
+    return shift(moments_of(lax.psum(sums, axis_name)), origin)
 
 
 # The pieces from which `measure`, `pool` and `batch_norm` are put together.
@@ -142,64 +165,63 @@ def origin_of(
 
     A constant: moments do not depend on the origin, so no derivative of any order flows through.
     A constant feature differs from its origin by a few units in the last place; sums of those are
-    exact, so that it comes out with variance 0 and normalizes to exactly 0.
+    exact, so that it comes out with variance 0 and normalizes to exactly 0. Weighted sums are not;
+    there, a second step lands on the constant itself.
 
     With axis_name, all members get the same origin.
     """
-    nowhere = jnp.zeros(feature_shape(x, axes), statistics_dtype(x.dtype))
-    moments = measure_centered(center(lax.stop_gradient(x), nowhere, axes, weights), axes, weights)
-    origin = moments.mean
-    if axis_name is not None:
-        origin = shared_origin(origin, moments.count > 0, axis_name)
-    return origin
+    x, weights = lax.stop_gradient((x, weights))
+    origin = jnp.zeros(feature_shape(x, axes), statistics_dtype(x.dtype))
+    count = jnp.zeros_like(origin, real_dtype(origin.dtype))
+    for _ in range(1 if weights is None or weights.dtype == bool else 2):
+        near = moments_of(add_up(center(x, origin, axes), axes, weights))
+        origin, count = shift(near, origin).mean, near.count
+    return origin if axis_name is None else shared_origin(origin, count, axis_name)
 
 
-def shared_origin(origin: Array, seen: Array, axis_name: AxisName) -> Array:
-    """The plain mean of the origins of those members that have seen anything."""
-    origin = lax.stop_gradient(origin)
-    total, members = lax.psum(
-        (jnp.where(seen, origin, jnp.zeros_like(origin)), seen.astype(real_dtype(origin.dtype))),
-        axis_name,
-    )
-    return total / jnp.maximum(members, jnp.ones_like(members))
+def shared_origin(origin: Array, count: Array, axis_name: AxisName) -> Array:
+    """The mean of all members' origins, each weighed by its count: near the mean of all values."""
+    origin, count = lax.stop_gradient((origin, count))
+    return share(*lax.psum((count.astype(origin.dtype) * origin, count), axis_name))
 
 
-def center(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Array:
-    """X - origin in the dtype of statistics.
+def center(x: Array, origin: Array, axes: Axes) -> Array:
+    """X - origin in the dtype of statistics."""
+    return x.astype(origin.dtype) - spread(origin, x, axes)
 
-    What weighs nothing and is not finite becomes 0, so that padding may hold anything: neither it
-    nor a zero times it reaches a sum, a gradient, or a normalized output.
-    """
-    centered = x.astype(origin.dtype) - spread(origin, x, axes)
+
+def without_padding(values: Array, weights: Array | None) -> Array:
+    """Values, and 0 for what weighs nothing and is not finite: padding may hold anything."""
     if weights is None:
-        return centered
-    harmless = counts(weights) | jnp.isfinite(centered)
-    return jnp.where(harmless, centered, jnp.zeros_like(centered))
+        return values
+    harmless = counts(weights) | jnp.isfinite(values)
+    return jnp.where(harmless, values, jnp.zeros_like(values))
 
 
-def measure_centered(centered: Array, axes: Axes, weights: Array | None) -> Moments:
-    """Moments of data whose mean is near zero, in one pass: E|d|² - |E d|² then cancels nothing."""
+def add_up(
+    centered: Array, axes: Axes, weights: Array | None, axis_name: AxisName | None = None
+) -> Sums:
+    """The sums from which moments are made, in one pass; over a named axis in one collective."""
     reduced, real = batch_axes(centered, axes), real_dtype(centered.dtype)
     if weights is None:
         count = jnp.full(feature_shape(centered, axes), batch_size(centered, axes), real)
-        total, total_square = centered, square(centered)
+        sums = Sums(jnp.sum(centered, reduced), jnp.sum(square(centered), reduced), count)
     else:
-        count = jnp.sum(weights.astype(real), reduced)
         kept = jnp.where(counts(weights), centered, jnp.zeros_like(centered))
-        total = weights.astype(kept.dtype) * kept
-        total_square = weights.astype(real) * square(kept)
-    mean = share(jnp.sum(total, reduced), count)
-    var = share(jnp.sum(total_square, reduced), count) - square(mean)
-    return Moments(mean, jnp.maximum(var, jnp.zeros_like(var)), count)
+        weights = weights.astype(real)
+        sums = Sums(
+            jnp.sum(weights.astype(kept.dtype) * kept, reduced),
+            jnp.sum(weights * square(kept), reduced),
+            jnp.sum(weights, reduced),
+        )
+    return sums if axis_name is None else lax.psum(sums, axis_name)
 
 
-def pool_centered(moments: Moments, axis_name: AxisName) -> Moments:
-    """Pool moments whose means are near zero: one collective."""
-    weighted = (moments.count * moments.mean, moments.count * (moments.var + square(moments.mean)))
-    total, total_square, count = lax.psum((*weighted, moments.count), axis_name)
-    mean = share(total, count)
-    var = share(total_square, count) - square(mean)
-    return Moments(mean, jnp.maximum(var, jnp.zeros_like(var)), count)
+def moments_of(sums: Sums) -> Moments:
+    """Moments of data whose mean is near zero: E|d|² - |E d|² then cancels nothing."""
+    mean = share(sums.total, sums.count)
+    var = share(sums.square, sums.count) - square(mean)
+    return Moments(mean, jnp.maximum(var, jnp.zeros_like(var)), sums.count)
 
 
 def shift(moments: Moments, by: Array) -> Moments:
@@ -218,11 +240,10 @@ def share(part: Array, whole: Array) -> Array:
 
     Of a constant divisor XLA would make a multiplication by the rounded reciprocal, and fuse that
     into the subtractions that use the quotient, each in its own way: two means, a bit apart, of
-    one batch. A divisor that is NaN where part is NaN says the same and is no constant.
+    one batch. A divisor that is part where part is NaN says the same and is no constant.
     """
-    safe = jnp.where(whole > 0, whole, jnp.ones_like(whole))
-    safe = jnp.where(jnp.isnan(part), jnp.full_like(safe, jnp.nan), safe)
-    return part / safe.astype(part.dtype)
+    safe = jnp.where(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
+    return part / jnp.where(jnp.isnan(part), lax.stop_gradient(part), safe)
 
 
 def square(x: Array) -> Array:

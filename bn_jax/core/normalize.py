@@ -5,6 +5,7 @@ Three instances: training normalizes by the batch's own moments (Algorithm 1 of 
 `normalize` does not ask where the statistics came from.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.core
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.averages import BatchNormState
-from bn_jax.core.axes import Axes, feature_axes, feature_shape, spread
+from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 
 
@@ -33,12 +34,12 @@ class BatchNormParams(NamedTuple):
 
 def normalize(
     x: Shaped[Array | np.ndarray, "..."],
-    mean: Inexact[Array, "*features"],
-    var: Float[Array, "*features"],
+    mean: Inexact[Array | np.ndarray, "..."],
+    var: Float[Array | np.ndarray, "..."],
     params: BatchNormParams,
     *,
     epsilon: ArrayLike = 1e-5,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
 ) -> Inexact[Array, "..."]:
     """Whiten each feature by the given statistics, then scale and shift it.
 
@@ -69,10 +70,11 @@ def normalize(
     x = jnp.asarray(x)
     axes = feature_axes(x, feature_axis)
     check_features(x, axes, mean=mean, var=var, scale=params.scale, bias=params.bias)
-    wide = statistics_dtype(x.dtype)
+    shape, wide = x.shape, statistics_dtype(x.dtype)
+    x, axes = collapse(x, axes)
     centered = x.astype(wide) - spread(jnp.asarray(mean, wide), x, axes)
     multiplier = inverse_std(jnp.asarray(var, real_dtype(wide)), epsilon)
-    return transform(centered, multiplier, params, axes).astype(x.dtype)
+    return transform(centered, multiplier, params, axes).astype(x.dtype).reshape(shape)
 
 
 def as_affine(
@@ -97,9 +99,9 @@ def as_affine(
     """
     wide = statistics_dtype(state.mean.dtype)
     multiplier = inverse_std(jnp.asarray(state.var, real_dtype(wide)), epsilon).astype(wide)
-    scale = multiplier if params.scale is None else multiplier * params.scale.astype(wide)
-    offset = -scale * state.mean.astype(wide)
-    return scale, offset if params.bias is None else offset + params.bias.astype(wide)
+    scale = multiplier if params.scale is None else multiplier * jnp.asarray(params.scale, wide)
+    offset = -scale * jnp.asarray(state.mean, wide)
+    return scale, offset if params.bias is None else offset + jnp.asarray(params.bias, wide)
 
 
 # The pieces from which `normalize` and `batch_norm` are put together.
@@ -108,11 +110,11 @@ def as_affine(
 def transform(centered: Array, multiplier: Array, params: BatchNormParams, axes: Axes) -> Array:
     """γ·multiplier·centered + β, in the dtype of centered."""
     wide = centered.dtype
-    multiplier = multiplier.astype(wide)
+    multiplier = multiplier.astype(wide).reshape(feature_shape(centered, axes))
     if params.scale is not None:
-        multiplier = multiplier * params.scale.astype(wide)
+        multiplier = multiplier * jnp.asarray(params.scale, wide).reshape(multiplier.shape)
     y = centered * spread(multiplier, centered, axes)
-    return y if params.bias is None else y + spread(params.bias.astype(wide), y, axes)
+    return y if params.bias is None else y + spread(jnp.asarray(params.bias, wide), y, axes)
 
 
 def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
@@ -125,18 +127,21 @@ def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
 
 def check_epsilon(epsilon: ArrayLike) -> None:
     """Refuse what can only be a mistake; a traced epsilon is taken as it is."""
+    if np.shape(epsilon):
+        raise ValueError(f"epsilon has shape {np.shape(epsilon)}, but is one number, e.g. 1e-5")
     if not isinstance(epsilon, jax.core.Tracer) and not 0 <= np.asarray(epsilon) < np.inf:
         raise ValueError(f"epsilon={epsilon} must be finite and not negative, e.g. 1e-5")
 
 
-def check_features(x: Array, axes: Axes, **values: Array | None) -> None:
+def check_features(x: Array, axes: Axes, **values: Array | np.ndarray | None) -> None:
     """Refuse per-feature values that do not fit x in shape or complexity, by their names."""
     shape = feature_shape(x, axes)
     for name, value in values.items():
         if value is not None and mixes_complex(name, value, x):
             raise TypeError(
-                f"{name} has dtype {value.dtype} and x {x.dtype}; complex data need a complex "
-                f"state and real data a real one: init({shape}, dtype=jnp.{x.dtype})"
+                f"{name} has dtype {value.dtype} and x {x.dtype}; the mean of complex data is "
+                f"complex and their var real, as init({shape}, dtype=jnp.{x.dtype}) makes them; "
+                "for real data all are real"
             )
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(
@@ -145,8 +150,8 @@ def check_features(x: Array, axes: Axes, **values: Array | None) -> None:
             )
 
 
-def mixes_complex(name: str, value: Array, x: Array) -> bool:
+def mixes_complex(name: str, value: Array | np.ndarray, x: Array) -> bool:
     """Whether a value would lose its imaginary part, or x its own to a real mean."""
-    return jnp.iscomplexobj(value) > jnp.iscomplexobj(x) or (
-        name == "mean" and jnp.iscomplexobj(x) and not jnp.iscomplexobj(value)
-    )
+    if name == "mean":
+        return jnp.iscomplexobj(value) != jnp.iscomplexobj(x)
+    return jnp.iscomplexobj(value) and (name == "var" or not jnp.iscomplexobj(x))

@@ -1,0 +1,159 @@
+"""Normalization by the batch's own moments, and its derivative.
+
+y = γ r (x - μ) + β with r = 1/√(σ² + ε) depends on x also through μ and σ². Differentiated step by
+step, reverse mode would keep several arrays of x's size; the rule below keeps x itself, in its own
+dtype, and a few numbers per feature.
+
+With tangents ẋ, γ̇, β̇, ε̇, and E the mean over the batch,
+
+    μ̇ = E[ẋ],   (σ²)˙ = 2 Re E[(x - μ)* ẋ],   ṙ = -r³ ((σ²)˙ + ε̇)/2,
+    ẏ = γr (ẋ - μ̇) + (γ̇r + γṙ)(x - μ) + β̇.
+
+That map is linear in the tangents. JAX transposes it into the paper's backward pass (Ioffe &
+Szegedy 2015, section 3; g = ∂L/∂y),
+
+    ∂L/∂β = Σ g,   ∂L/∂γ = Σ g x̂,   ∂L/∂x = γr (g - E[g] - x̂ E[g x̂])   with x̂ = r (x - μ),
+
+and differentiates it again for every higher order: nothing is stopped but the origin, on which
+nothing depends.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from bn_jax.core.axes import Axes, spread
+from bn_jax.core.moments import (
+    AxisName,
+    Moments,
+    Sums,
+    add_up,
+    center,
+    moments_of,
+    origin_of,
+    share,
+    shift,
+    without_padding,
+)
+from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def standardize(
+    axes: Axes,
+    axis_name: AxisName | None,
+    x: Array,
+    params: BatchNormParams,
+    epsilon: ArrayLike,
+    weights: Array | None,
+) -> tuple[Array, Moments]:
+    """Y in x's dtype, and the moments it was normalized by, through which no gradient flows."""
+    y, origin, near = forward(axes, axis_name, x, params, epsilon, weights)
+    return y, shift(near, origin)
+
+
+def forward(
+    axes: Axes,
+    axis_name: AxisName | None,
+    x: Array,
+    params: BatchNormParams,
+    epsilon: ArrayLike,
+    weights: Array | None,
+) -> tuple[Array, Array, Moments]:
+    """Y, an origin near the mean, and the moments of x - origin.
+
+    BN(x) = BN(x - origin): about the origin all statistics are small numbers, and none of them is
+    rounded at the size of the mean.
+    """
+    origin = origin_of(x, axes, weights, axis_name)
+    near = moments_of(add_up(center(x, origin, axes), axes, weights, axis_name))
+    deviation = deviations(x, origin, near, axes, weights)
+    y = transform(deviation, inverse_std(near.var, epsilon), params, axes)
+    return y.astype(x.dtype), origin, near
+
+
+@functools.partial(standardize.defjvp, symbolic_zeros=True)
+def standardize_jvp(
+    axes: Axes, axis_name: AxisName | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """The rule of the module's docstring."""
+    y, origin, near = forward(axes, axis_name, *primals)
+    x_dot, params_dot, epsilon_dot, weights_dot = tangents
+    dots = (
+        None if is_zero(x_dot) else x_dot,
+        jax.tree.map(instantiate, params_dot, is_leaf=is_zero),
+        instantiate(epsilon_dot),
+        None if weights_dot is None or is_zero(weights_dot) else weights_dot,
+    )
+    # What goes into the checkpoint is x and numbers per feature: no more is kept for transposing.
+    push = jax.checkpoint(functools.partial(push_forward, axes, axis_name), prevent_cse=False)
+    y_dot = push(origin, near, primals, dots)
+    return (y, shift(near, origin)), (y_dot, jax.tree.map(jnp.zeros_like, near))
+
+
+def push_forward(
+    axes: Axes,
+    axis_name: AxisName | None,
+    origin: Array,
+    near: Moments,
+    primals: tuple[Any, ...],
+    dots: tuple[Any, ...],
+) -> Array:
+    """ẏ in x's dtype; ẋ and the tangent of the weights may be None for zero."""
+    (x, params, epsilon, weights), (x_dot, params_dot, epsilon_dot, weights_dot) = primals, dots
+    wide = origin.dtype
+    r = inverse_std(near.var, epsilon)
+    scale = jnp.ones_like(origin) if params.scale is None else params.scale.astype(wide)
+    mean_dot, var_dot = jnp.zeros_like(near.mean), jnp.zeros_like(near.var)
+
+    if x_dot is None and weights_dot is None:
+        deviation, deviation_dot = deviations(x, origin, near, axes, weights), None
+    else:
+        # About the mean, μ̇ and (σ²)˙ are the tangents of the sums themselves, over m.
+        def about_mean(x: Array, weights: Array | None) -> tuple[Array, Sums]:
+            deviation = deviations(x, origin, near, axes, weights)
+            return deviation, add_up(deviation, axes, weights, axis_name)
+
+        if x_dot is None:
+            x_dot = jnp.zeros_like(x)
+        if weights_dot is None:
+            about, at, along = lambda x: about_mean(x, weights), (x,), (x_dot,)
+        else:
+            about, at, along = about_mean, (x, weights), (x_dot, weights_dot)
+        (deviation, _), (deviation_dot, dot) = jax.jvp(about, at, along)
+        each = share(jnp.ones_like(near.count), near.count)
+        mean_dot = each.astype(wide) * dot.total
+        var_dot = each * (dot.square - near.var * dot.count)
+
+    # Factor by factor: r³ itself leaves float32's range where the spread is beyond 1e±13.
+    r_dot = -0.5 * (r * (r * (r * (var_dot + epsilon_dot))))
+    r, r_dot = r.astype(wide), r_dot.astype(wide)
+    slope, level = scale * r_dot, -scale * r * mean_dot
+    if params_dot.scale is not None:
+        slope = slope + params_dot.scale.astype(wide) * r
+    if params_dot.bias is not None:
+        level = level + params_dot.bias.astype(wide)
+    y_dot = deviation * spread(slope, x, axes) + spread(level, x, axes)
+    if deviation_dot is not None:
+        y_dot = y_dot + deviation_dot * spread(scale * r, x, axes)
+    return y_dot.astype(x.dtype)
+
+
+def deviations(x: Array, origin: Array, near: Moments, axes: Axes, weights: Array | None) -> Array:
+    """X - μ, by way of the origin; 0 for padding."""
+    return without_padding(center(x, origin, axes) - spread(near.mean, x, axes), weights)
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether JAX knows a tangent to be zero."""
+    return isinstance(tangent, SymbolicZero)
+
+
+def instantiate(tangent: Any) -> Array:
+    """A small tangent as an array, also if it is zero."""
+    return jnp.zeros(tangent.shape, tangent.dtype) if is_zero(tangent) else tangent
