@@ -1,0 +1,27 @@
+"""What goes wrong with data: it is missing, or it is not what its name promises."""
+
+
+class DataError(ValueError):
+    """Data is missing, damaged, or not what its name promises.
+
+    The message says which file, what was found, what was expected, and what to do about it.
+    """
+
+
+def unexpected(file: str, *, found: str, expected: str, remedy: str) -> DataError:
+    """Builds a ``DataError`` that has all four parts of a useful message.
+
+    Args:
+        file: which file; a name, a path or a URL.
+        found: what is there.
+        expected: what should be there.
+        remedy: what the reader can do about it.
+
+    Returns:
+        The error, for the caller to raise.
+
+    Example:
+        >>> str(unexpected("labels", found="3 bytes", expected="8", remedy="get another copy"))
+        'labels: found 3 bytes, expected 8; get another copy'
+    """
+    return DataError(f"{file}: found {found}, expected {expected}; {remedy}")

