@@ -36,3 +36,14 @@ def x64():
     """Double precision, for oracles and finite differences."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """With BN_JAX_REQUIRE_PEERS, a comparison that was skipped has failed."""
+    report = yield
+    required = os.environ.get("BN_JAX_REQUIRE_PEERS") and item.get_closest_marker("peer")
+    if report.skipped and required:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, though peers are required: {report.longrepr}"
+    return report

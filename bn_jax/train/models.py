@@ -69,7 +69,7 @@ class MLP(nn.Module):
     activation: Activation = nn.sigmoid
     normalization: Normalization | None = None
     placement: Placement = "pre-activation"
-    kernel_init: Initializer = nn.initializers.normal(0.03)
+    kernel_init: Initializer = nn.initializers.normal(0.04)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:

@@ -1,0 +1,125 @@
+"""Steps per second of the training loop, against the loop that Flax users write.
+
+Run it with: python -m bn_jax.bench.train_step
+
+Both loops train the paper's network (3 hidden layers of 100 sigmoids, batch norm before each) on
+MNIST by SGD in batches of 60, and compute the same. Ours runs chunks of steps under `lax.scan` on
+data that stays on the device, with our batch norm. The other calls a jitted step (state donated,
+flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks.
+
+RESULT_GOES_HERE
+"""
+
+import argparse
+import functools
+import os
+import platform
+from collections.abc import Callable
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from bn_jax.bench.interleave import Timing, interleave
+from bn_jax.data import Dataset, load
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.config import TrainConfig
+from bn_jax.train.loop import run_chunk
+from bn_jax.train.models import MLP
+from bn_jax.train.step import init_state, make_train_step
+
+OURS, THEIRS = "bn_jax, scanned", "flax, step by step"
+
+
+def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
+    """Our loop: a function that trains for some more steps at each call."""
+    model, optimizer = build_model(config, "batch"), build_optimizer(config)
+    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32)
+    state = init_state(model, optimizer, images[:1], config.seed)
+    train_step = make_train_step(model, optimizer, config.binarization)
+
+    def run() -> None:
+        nonlocal state
+        state, loss = run_chunk(
+            train_step, state, images, labels, steps=steps, batch_size=config.batch_size
+        )
+        jax.block_until_ready((state, loss))
+
+    return run
+
+
+def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
+    """The usual loop: one call of a jitted step per batch."""
+    model = MLP(config.hidden, normalization=functools.partial(nn.BatchNorm, momentum=config.decay))
+    optimizer = optax.sgd(config.learning_rate)
+    images, labels = np.asarray(data.train_images), data.train_labels.astype(np.int32)
+    variables = model.init(jax.random.key(config.seed), jnp.zeros((1, 28, 28)), train=False)
+    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    generator = np.random.default_rng(config.seed)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, images, labels):
+        params, batch_stats, opt_state = state
+        inputs = (images > 127).astype(jnp.float32)
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates["batch_stats"]
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    def run() -> None:
+        nonlocal state
+        order = generator.permutation(len(images))
+        loss = None
+        for start in range(0, steps * config.batch_size, config.batch_size):
+            rows = order[start : start + config.batch_size]
+            state, loss = train_step(state, images[rows], labels[rows])
+        jax.block_until_ready((state, loss))
+
+    return run
+
+
+def measure(data: Dataset, *, steps: int, turns: int) -> dict[str, Timing]:
+    """Time both loops in turns of some steps, at most an epoch."""
+    config = TrainConfig()
+    contenders = {
+        OURS: scanned(config, data, steps),
+        THEIRS: step_by_step(config, data, steps),
+    }
+    return interleave(contenders, reference=OURS, turns=turns)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Time our training loop against the usual one.")
+    parser.add_argument("--steps", type=int, default=1000, help="steps per turn (default: 1000)")
+    parser.add_argument("--turns", type=int, default=15, help="turns of each (default: 15)")
+    arguments = parser.parse_args()
+    timings = measure(load(), steps=arguments.steps, turns=arguments.turns)
+    table = Table(
+        title=f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; "
+        f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
+        title_justify="left",
+    )
+    for heading in ("loop", "µs per step", "steps/s", "times as long", "quartiles"):
+        table.add_column(heading, justify="left" if heading == "loop" else "right")
+    for name, timing in timings.items():
+        first, third = timing.spread
+        step = timing.median / arguments.steps
+        figures = (f"{step * 1e6:,.0f}", f"{1 / step:,.0f}", f"{timing.ratio:.2f}")
+        table.add_row(name, *figures, f"{first:.2f} – {third:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
