@@ -1,0 +1,175 @@
+"""`BatchNorm` for flax.linen: change the import, and keep model, checkpoints and training loop.
+
+>>> from bn_jax.layers.linen import BatchNorm   # instead of: from flax.linen import BatchNorm
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype, Initializer
+from jax import Array
+from jax.nn import initializers
+
+from bn_jax.core.averages import Average, BatchNormState, Ema
+from bn_jax.core.axes import feature_axes, feature_shape
+from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.moments import measure
+from bn_jax.core.normalize import BatchNormParams, normalize
+from bn_jax.layers.translate import mean_dtype, promote, read_mask, refuse_groups
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization with flax.linen's constructor, variables and call.
+
+    Training normalizes each feature by the batch, y = γ (x - μ)/√(σ² + ε) + β, and moves the
+    collection `batch_stats` (`mean`, `var`) towards μ and σ²; it must be mutable in `apply`.
+    Evaluation normalizes by the collection. The parameters γ and β are `scale` and `bias`.
+
+    Differs from flax.linen.BatchNorm in
+
+    - accuracy: a mean that is large against the spread costs no digits, whatever
+      `use_fast_variance` says;
+    - masks: what is masked out may hold anything, NaN included, and spoils no gradient; float
+      masks are weights; with `axis_name`, every member counts by its number of unmasked values;
+    - the running statistics: an empty or fully masked batch, or a feature whose moments are not
+      finite, leaves them as they were, and no gradient flows into them;
+    - training with one value per feature, which raises instead of returning `bias` silently;
+    - mixed dtypes, which also work where JAX's promotion is strict.
+
+    Attributes:
+        use_running_average: normalize by the running statistics (True: evaluation) or by the
+            batch (False: training); given either here or in the call.
+        axis: the feature axis, or several: all others are batch.
+        momentum: the weight of the past in the running statistics, as in flax; torch's momentum
+            is one minus this.
+        epsilon: added to the variance.
+        dtype: of the result; None for the common dtype of x, scale and bias. Statistics are
+            computed in float32 at least.
+        param_dtype: of scale and bias.
+        use_bias: learn β.
+        use_scale: learn γ.
+        bias_init: initializer of β.
+        scale_init: initializer of γ.
+        axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
+            pmap. Under plain jit there is nothing to name: the batch is whole.
+        axis_index_groups: not supported yet; must be None.
+        use_fast_variance: no effect, accepted for flax's sake: there is one way to compute the
+            variance, in one pass and without cancellation.
+        force_float32_reductions: no effect, accepted for flax's sake: reductions and new
+            `batch_stats` are float32 also if it is False, where flax's are in param_dtype.
+        average: how much of the past the running statistics keep, count -> weight, e.g.
+            `bn_jax.DebiasedEma(0.99)`, which is right from the first step on, or any optax
+            schedule. It replaces momentum, and needs a third variable in `batch_stats`, `count`,
+            which counts from zero where a checkpoint has none. None is flax's average,
+            `bn_jax.Ema(momentum)`, without that variable.
+        unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
+    >>> layer = BatchNorm(momentum=0.9)
+    >>> variables = layer.init(jax.random.key(1), x, use_running_average=False)
+    >>> jax.tree.map(jnp.shape, variables)
+    {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
+    >>> y, updates = layer.apply(
+    ...     variables, x, use_running_average=False, mutable=["batch_stats"])
+    >>> y = layer.apply(variables | updates, x[:1], use_running_average=True)
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    average: Average | None = None
+    unbiased: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array | np.ndarray,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | np.ndarray | None = None,
+    ) -> Array:
+        """Normalize x by its own statistics (training) or by the running ones (evaluation).
+
+        Initialization normalizes by the batch if it trains, be it a batch of one, but updates
+        nothing and needs no `axis_name`.
+
+        Args:
+            x: any shape; integers are taken as float32.
+            use_running_average: as in the constructor, if it was not given there.
+            mask: which values count in the batch's statistics: True counts; floats and integers
+                are weights. Of x's shape, of x's shape without its feature axes, or broadcastable
+                to either. Not used at evaluation.
+
+        Returns:
+            y, of x's shape; see `dtype`.
+
+        Raises:
+            ValueError: use_running_average is given twice or not at all; training with one value
+                per feature; a variable does not fit x, or mask does not, or does in two ways;
+                axis_index_groups is not None.
+            NameError: axis_name is not bound here.
+            flax.errors.ModifyScopeVariableError: training while `batch_stats` is not mutable.
+        """
+        evaluate = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        refuse_groups(self.axis_index_groups)
+        x = jnp.asarray(x)
+        axes = feature_axes(x, self.axis)
+        shape = feature_shape(x, axes)
+        kind = mean_dtype(x.dtype, self.dtype, self.param_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kind)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        count = None
+        if self.average is not None and (self.is_initializing() or not evaluate):
+            count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
+        scale = bias = None
+        if self.use_scale:
+            scale = jnp.asarray(self.param("scale", self.scale_init, shape, self.param_dtype))
+        if self.use_bias:
+            bias = jnp.asarray(self.param("bias", self.bias_init, shape, self.param_dtype))
+        params = BatchNormParams(scale, bias)
+        x, result = promote(x, params, self.dtype)
+        where = read_mask(mask, x, axes)
+
+        if self.is_initializing() and not evaluate:
+            # The core refuses to train on one value per feature; an initialization may.
+            batch = measure(x, feature_axis=axes, where=where)
+            y = normalize(x, batch.mean, batch.var, params, epsilon=self.epsilon, feature_axis=axes)
+            return y.astype(result)
+
+        # asarray: a restored checkpoint holds numpy arrays.
+        seen = jnp.zeros_like(mean.value, jnp.int32) if count is None else count.value
+        past = BatchNormState(*map(jnp.asarray, (mean.value, var.value, seen)))
+        y, state = batch_norm(
+            x,
+            params,
+            past,
+            train=not evaluate,
+            average=Ema(self.momentum) if self.average is None else self.average,
+            epsilon=self.epsilon,
+            feature_axis=axes,
+            where=where,
+            unbiased=self.unbiased,
+            axis_name=self.axis_name,
+        )
+        if not evaluate:
+            mean.value, var.value = state.mean, state.var
+            if count is not None:
+                count.value = state.count
+        return y.astype(result)

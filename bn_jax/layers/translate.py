@@ -1,0 +1,105 @@
+"""Flax's arguments in the core's words: what the two shells have in common.
+
+Three instances: flax's rule for the dtype of the result, flax's reading of a mask, flax's axis
+groups. No arithmetic; the core does all of it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import canonicalize_dtype
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from bn_jax.core.axes import Axes, batch_axes
+from bn_jax.core.normalize import BatchNormParams
+
+
+def promote(x: Array, params: BatchNormParams, dtype: DTypeLike | None) -> tuple[Array, jnp.dtype]:
+    """X, wide enough for the result, and the dtype of the result by flax's rule.
+
+    The result has `dtype`, or if that is None the common dtype of x, scale and bias: a half
+    precision x and float32 parameters give float32. Integers are taken as float32, as in flax.
+    Done under the standard promotion rules, since it is flax's rule, whatever the user's are.
+
+    Raises:
+        ValueError: dtype is not inexact.
+
+    >>> params = BatchNormParams(scale=jnp.ones(2), bias=None)
+    >>> x, result = promote(jnp.ones((3, 2), jnp.bfloat16), params, None)
+    >>> x.dtype.name, result.name
+    ('float32', 'float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        result = jnp.dtype(canonicalize_dtype(x, *params, dtype=dtype))
+        own = x.dtype
+        if not jnp.issubdtype(own, jnp.inexact):
+            own = jnp.promote_types(own, jnp.float32)
+        return x.astype(jnp.promote_types(own, result)), result
+
+
+def mean_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
+    """What the running mean is stored in: float32, or complex64 where anything is complex.
+
+    >>> mean_dtype(jnp.bfloat16, None).name, mean_dtype(jnp.float32, jnp.complex64).name
+    ('float32', 'complex64')
+    """
+    known = [dtype for dtype in dtypes if dtype is not None]
+    is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in known)
+    return jnp.dtype(jnp.complex64 if is_complex else jnp.float32)
+
+
+def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarray | None:
+    """A mask as the core's `where`.
+
+    A mask of x's rank stays as it is. One of lower rank is read against x without its feature
+    axes (one value per example), as in the core, or against the last axes of x, as in flax.
+    Integers count as weights; of 0 and 1 that is flax's meaning too.
+
+    Raises:
+        ValueError: both readings fit x, and they differ.
+
+    >>> read_mask(jnp.array([True, False, True]), jnp.ones((3, 2)), (1,)).shape
+    (3,)
+    >>> read_mask(jnp.array([[1], [0]]), jnp.ones((3, 2, 5)), (2,)).shape
+    (1, 2, 1)
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Array | np.ndarray):
+        mask = np.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.integer):
+        mask = mask.astype(np.float32)
+    if mask.ndim >= x.ndim:
+        return mask
+    last = (1,) * (x.ndim - mask.ndim) + mask.shape
+    lengths = iter(mask.shape)
+    each = tuple(1 if axis in axes else next(lengths, 0) for axis in range(x.ndim))
+    fits_last = fits(last, x.shape)
+    fits_each = mask.ndim == len(batch_axes(x, axes)) and fits(each, x.shape)
+    if fits_last and fits_each and last != each:
+        raise ValueError(
+            f"mask of shape {mask.shape} fits x of shape {x.shape} in two ways: one value per "
+            f"example, {each}, or along x's last axes, {last}; say which by giving it x's rank, "
+            f"e.g. mask.reshape({each})"
+        )
+    return mask.reshape(last) if fits_last else mask
+
+
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to a target of the same rank."""
+    return all(a in (1, b) for a, b in zip(shape, target, strict=True))
+
+
+def refuse_groups(axis_index_groups: object) -> None:
+    """Refuse what the core cannot do yet.
+
+    Raises:
+        ValueError: axis_index_groups is not None.
+    """
+    if axis_index_groups is not None:
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups} is not supported yet; leave it None and split "
+            "the axis into two named ones, one for the groups and one for the members of a group, "
+            "with axis_name naming the second"
+        )

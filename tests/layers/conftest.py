@@ -1,0 +1,73 @@
+"""What the tests of both shells share."""
+
+import contextlib
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+UNIT = np.finfo(np.float32).eps / 2
+
+
+@contextlib.contextmanager
+def ordinary_rules():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def flax_rules():
+    """A context manager: ordinary promotion, for flax's own layers. Ours run under strict rules."""
+    return ordinary_rules
+
+
+@pytest.fixture
+def close():
+    """Whether two computations of one value agree up to their roundings.
+
+    Each of the two rounds about a dozen times to float32 on the way from x to a result: x - mean,
+    the square, log2(m) additions of each of two sums, + epsilon, the root, the products with scale
+    and rstd, + bias. Every one of these is half a unit in the last place of numbers that are no
+    larger than `size`, the largest of the results or, for a sum, the sum of absolute values. So
+    the two differ by no more than 2 x 16 units of size. Where the result is rounded to a coarser
+    dtype, this can tip the last rounding over, which is one eps of that dtype.
+    """
+
+    def check(ours, theirs, *dtypes, size=None):
+        ours, theirs = (np.asarray(a, np.float64) for a in (ours, theirs))
+        size = np.abs(theirs).max(initial=0) if size is None else size
+        eps = max((float(jnp.finfo(d).eps) for d in dtypes if d != jnp.float32), default=0)
+        assert np.all(np.isfinite(theirs))
+        np.testing.assert_array_less(
+            np.abs(ours - theirs), eps * np.abs(theirs) + 32 * UNIT * size + 1e-30
+        )
+
+    return check
+
+
+@pytest.fixture
+def flax_still():
+    """Skip where the installed flax does not have, or no longer has, a defect."""
+
+    def check(defect, shown):
+        if not shown:
+            pytest.skip(f"flax {flax.__version__} does not have defect {defect}")
+
+    return check
+
+
+def assert_same_tree(ours, theirs):
+    """Same structure, key paths, shapes and dtypes."""
+
+    def describe(tree):
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        return structure, [(jax.tree_util.keystr(p), a.shape, a.dtype) for p, a in leaves]
+
+    assert describe(ours) == describe(theirs)
+
+
+@pytest.fixture
+def same_tree():
+    return assert_same_tree
