@@ -3,6 +3,7 @@
 A command is a function; its arguments, types and docstring are its flags and its help.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,10 +35,12 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     choose_device(config.device)
     from bn_jax.train.experiment import Interrupted, run_experiment
 
+    # Of what it also raises, orbax logs pages.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         run_experiment(config, stdout)
     except Interrupted as stop:
-        stderr.print(f"[yellow]{escape(str(stop))}[/yellow]")
+        stderr.print(f"[yellow]{escape(str(stop))}[/yellow]", soft_wrap=True)
         raise SystemExit(130) from None
 
 
@@ -55,6 +58,7 @@ def evaluate(run: tyro.conf.Positional[Path], data_dir: Path | None = None) -> N
     from bn_jax.train.experiment import evaluate_run
     from bn_jax.train.run_folder import RunFolder
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     table = Table("", "step", "test accuracy", title=str(run), title_justify="left")
     for arm, row in evaluate_run(RunFolder(run), data_dir).items():
         table.add_row(TITLES[arm], f"{row['step']:,}", f"{row['test_accuracy']:.4f}")
@@ -81,9 +85,10 @@ def main() -> None:
     try:
         app.cli(prog="bn-jax", description="Batch normalization for JAX.")
     except (ValueError, OSError) as error:
-        stderr.print(f"[red]error:[/red] {escape(str(error))}")
+        stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        stderr.print("[yellow]stopped[/yellow]")
         sys.exit(130)
 
 

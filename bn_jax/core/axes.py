@@ -95,7 +95,8 @@ def spread_where(where: Array | np.ndarray, x: Array, axes: Axes) -> Array:
             f"where has shape {where.shape}, which broadcasts neither to x {x.shape} nor to x "
             f"without its feature axes {without}; add axes of length 1, e.g. where[:, None, None]"
         )
-    if where.dtype != bool and not isinstance(where, jax.core.Tracer):
+    known = not isinstance(where, jax.core.Tracer) and getattr(where, "is_fully_addressable", True)
+    if where.dtype != bool and known:
         weights = np.asarray(where)
         if not (weights >= 0).all():
             raise ValueError(

@@ -190,11 +190,11 @@ def center(x: Array, origin: Array, axes: Axes) -> Array:
     return x.astype(origin.dtype) - spread(origin, x, axes)
 
 
-def without_padding(values: Array, weights: Array | None) -> Array:
-    """Values, and 0 for what weighs nothing and is not finite: padding may hold anything."""
+def without_padding(values: Array, x: Array, weights: Array | None) -> Array:
+    """Values, and 0 where x weighs nothing and is not finite: padding may hold anything."""
     if weights is None:
         return values
-    harmless = counts(weights) | jnp.isfinite(values)
+    harmless = counts(weights) | jnp.isfinite(x)
     return jnp.where(harmless, values, jnp.zeros_like(values))
 
 
@@ -205,16 +205,27 @@ def add_up(
     reduced, real = batch_axes(centered, axes), real_dtype(centered.dtype)
     if weights is None:
         count = jnp.full(feature_shape(centered, axes), batch_size(centered, axes), real)
-        sums = Sums(jnp.sum(centered, reduced), jnp.sum(square(centered), reduced), count)
+        sums = Sums(add_over(centered, reduced), add_over(square(centered), reduced), count)
     else:
         kept = jnp.where(counts(weights), centered, jnp.zeros_like(centered))
         weights = weights.astype(real)
         sums = Sums(
-            jnp.sum(weights.astype(kept.dtype) * kept, reduced),
-            jnp.sum(weights * square(kept), reduced),
-            jnp.sum(weights, reduced),
+            add_over(weights.astype(kept.dtype) * kept, reduced),
+            add_over(weights * square(kept), reduced),
+            add_over(weights, reduced),
         )
     return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+def add_over(values: Array, axes: Axes) -> Array:
+    """Sum over the inner axes, then over the outermost.
+
+    The CPU of jaxlib 0.8, and of later ones for small arrays, adds several axes up one number after
+    the other, which loses digits. The barrier keeps XLA from making one sum of the two.
+    """
+    if len(axes) > 1:
+        values = lax.optimization_barrier(jnp.sum(values, axes[1:]))
+    return jnp.sum(values, axes[:1])
 
 
 def moments_of(sums: Sums) -> Moments:

@@ -133,20 +133,22 @@ def push_forward(
     # Factor by factor: r³ itself leaves float32's range where the spread is beyond 1e±13.
     r_dot = -0.5 * (r * (r * (r * (var_dot + epsilon_dot))))
     r, r_dot = r.astype(wide), r_dot.astype(wide)
-    slope, level = scale * r_dot, -scale * r * mean_dot
+    slope = scale * r_dot
     if params_dot.scale is not None:
         slope = slope + params_dot.scale.astype(wide) * r
+    y_dot = deviation * spread(slope, x, axes)
     if params_dot.bias is not None:
-        level = level + params_dot.bias.astype(wide)
-    y_dot = deviation * spread(slope, x, axes) + spread(level, x, axes)
+        y_dot = y_dot + spread(params_dot.bias.astype(wide), x, axes)
     if deviation_dot is not None:
-        y_dot = y_dot + deviation_dot * spread(scale * r, x, axes)
+        # Padding stays at the mean when the mean moves.
+        moved = without_padding(deviation_dot - spread(mean_dot, x, axes), x, weights)
+        y_dot = y_dot + moved * spread(scale * r, x, axes)
     return y_dot.astype(x.dtype)
 
 
 def deviations(x: Array, origin: Array, near: Moments, axes: Axes, weights: Array | None) -> Array:
     """X - μ, by way of the origin; 0 for padding."""
-    return without_padding(center(x, origin, axes) - spread(near.mean, x, axes), weights)
+    return without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
 
 
 def is_zero(tangent: Any) -> bool:

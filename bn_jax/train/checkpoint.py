@@ -1,20 +1,23 @@
 """Training states on disk, by orbax: written aside, then renamed, so that the last one is good."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from bn_jax.train.step import TrainState
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another network."""
+    """A checkpoint is missing, damaged, of another network, or cannot be written."""
 
 
 class Checkpoints:
     """The checkpoints of one arm of a run, newest last; the newest two are kept.
+
+    A context, which at its end waits for what is being written.
 
     Args:
         folder: made if it is missing.
@@ -25,16 +28,44 @@ class Checkpoints:
         self.folder = folder.absolute()
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: TrainState) -> None:
-        """Write a state in the background; it counts once it is whole."""
-        self.manager.save(int(state.step), args=ocp.args.StandardSave(to_tree(state)))
+    def __enter__(self) -> Self:
+        return self
 
-    def finish(self) -> Path | None:
-        """Wait for what is being written; the folder of the newest checkpoint, or None."""
-        self.manager.wait_until_finished()
-        newest = self.manager.latest_step()
-        self.manager.close()
-        return None if newest is None else self.folder / str(newest)
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self.unwritable(error) from error
+        finally:
+            self.manager.close()
+
+    def save(self, state: TrainState) -> None:
+        """Write a state in the background; it counts once it is whole.
+
+        Raises:
+            CheckpointError: this one or the one before cannot be written, as on a full disk.
+        """
+        try:
+            self.manager.save(int(state.step), args=ocp.args.StandardSave(to_tree(state)))
+        except Exception as error:  # orbax names no class for what can be wrong with a folder
+            raise self.unwritable(error) from error
+
+    def unwritable(self, error: Exception) -> CheckpointError:
+        """What to raise where orbax cannot write."""
+        good = newest_checkpoint(self.folder)
+        return CheckpointError(
+            f"a checkpoint cannot be written to {self.folder} ({first_line(error)}); make room, "
+            f"or choose another --run-dir; the last good one is {good or 'not there yet'}"
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest finished checkpoint of an arm, or None."""
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        step = manager.latest_step()
+    return None if step is None else folder / str(step)
 
 
 def load_newest(folder: Path, like: TrainState) -> TrainState:
@@ -47,20 +78,24 @@ def load_newest(folder: Path, like: TrainState) -> TrainState:
     Raises:
         CheckpointError: there is none, or it does not fit.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} holds no checkpoints: no such folder")
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        newest = manager.latest_step()
-        if newest is None:
-            raise CheckpointError(f"{folder} holds no finished checkpoint; train again")
-        try:
-            shapes = ocp.args.StandardRestore(jax.eval_shape(to_tree, like))
-            tree = manager.restore(newest, args=shapes)
-        except Exception as error:  # orbax names no class for what can be wrong with a folder
-            raise CheckpointError(
-                f"the checkpoint {folder / str(newest)} cannot be read as this run's network "
-                f"({type(error).__name__}: {first_line(error)}); is config.json its own?"
-            ) from error
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder} holds no finished checkpoint; train again")
+    # To the device that is in use here, which may be of another kind than the run's.
+    here = jnp.zeros(()).sharding
+    tree = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        jax.eval_shape(to_tree, like),
+    )
+    try:
+        with ocp.CheckpointManager(folder.absolute()) as manager:
+            tree = manager.restore(int(newest.name), args=ocp.args.StandardRestore(tree))
+    except Exception as error:  # orbax names no class for what can be wrong with a folder
+        raise CheckpointError(
+            f"the checkpoint {newest} cannot be read as this run's network "
+            f"({type(error).__name__}: {first_line(error)}); is config.json its own? If the "
+            "checkpoint is damaged, delete that folder: the one before it may be good"
+        ) from error
     restored = TrainState(**tree)
     return restored._replace(key=jax.random.wrap_key_data(restored.key))
 

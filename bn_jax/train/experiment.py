@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bn_jax.data import Dataset, load
 from bn_jax.train.build import build_model, build_optimizer
-from bn_jax.train.checkpoint import Checkpoints, load_newest
+from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
 from bn_jax.train.loop import Evaluation, check_batch_size, train
@@ -38,7 +38,27 @@ def run_experiment(config: TrainConfig, console: Console) -> RunFolder:
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)
     folder = RunFolder.create(config)
-    console.print(f"{machine()}; run folder [bold]{folder.path}[/bold]")
+    where = f"[bold]{folder.path}[/bold]"
+    try:
+        console.print(f"{machine()}; run folder {where}", soft_wrap=True)
+        arms = run_arms(config, data, folder, console)
+        summary = summarize(arms) | {"config": json.loads(config.to_json()), "versions": versions()}
+        folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
+        folder.write("curves.png", plot_curves(arms, config))
+    except KeyboardInterrupt:
+        found = [newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms]
+        kept = [path for path in found if path]
+        last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
+        raise Interrupted(f"stopped; {last}") from None
+    console.print(comparison_table(summary, config))
+    console.print(f"Curves, metrics and checkpoints are in {where}.", soft_wrap=True)
+    return folder
+
+
+def run_arms(
+    config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
+) -> dict[Arm, list[Evaluation]]:
+    """Train the arms in order, each under a live bar."""
     arms: dict[Arm, list[Evaluation]] = {}
     with progress_bars(console) as progress:
         waiting = {"total": config.steps, "loss": "  –   ", "accuracy": "  –  "}
@@ -55,12 +75,7 @@ def run_experiment(config: TrainConfig, console: Console) -> RunFolder:
                 )
 
             arms[arm] = run_arm(config, arm, data, folder, show)
-    summary = {**summarize(arms), "config": json.loads(config.to_json()), "versions": versions()}
-    folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
-    folder.write("curves.png", plot_curves(arms, config))
-    console.print(comparison_table(summary, config))
-    console.print(f"Curves, metrics and checkpoints are in [bold]{folder.path}[/bold].")
-    return folder
+    return arms
 
 
 def run_arm(
@@ -72,33 +87,23 @@ def run_arm(
 ) -> list[Evaluation]:
     """Train one arm, writing a line of metrics per evaluation and checkpoints as they fall due."""
     evaluations, saved = [], 0
-    checkpoints = Checkpoints(folder.checkpoints(arm))
-    try:
-        with folder.open_metrics() as metrics:
-            model, optimizer = build_model(config, arm), build_optimizer(config)
-            for state, evaluation in train(config, model, optimizer, data):
-                evaluations.append(evaluation)
-                metrics.write(metrics_line(arm, evaluation))
-                metrics.flush()
-                show(evaluation)
-                due = evaluation.step >= saved + config.checkpoint_every
-                if due or evaluation.step == config.steps:
-                    checkpoints.save(state)
-                    saved = evaluation.step
-    except KeyboardInterrupt:
-        kept = checkpoints.finish()
-        step = evaluations[-1].step if evaluations else 0
-        where = f"the last checkpoint is {kept}" if kept else "no checkpoint was due yet"
-        raise Interrupted(f"stopped at step {step:,} ({TITLES[arm]}); {where}") from None
-    except BaseException:
-        checkpoints.finish()
-        raise
-    checkpoints.finish()
+    model, optimizer = build_model(config, arm), build_optimizer(config)
+    with Checkpoints(folder.checkpoints(arm)) as checkpoints:
+        for state, evaluation in train(config, model, optimizer, data):
+            evaluations.append(evaluation)
+            folder.append("metrics.jsonl", metrics_line(arm, evaluation))
+            show(evaluation)
+            due = evaluation.step >= saved + config.checkpoint_every
+            if due or evaluation.step == config.steps:
+                checkpoints.save(state)
+                saved = evaluation.step
     return evaluations
 
 
 def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, dict[str, Any]]:
     """The test accuracy of each arm's newest checkpoint, by its running statistics.
+
+    An arm without one, as in a run that was stopped early, is left out.
 
     Args:
         folder: of a run.
@@ -108,10 +113,13 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
+    trained = [arm for arm in config.arms if newest_checkpoint(folder.checkpoints(arm))]
+    if not trained:
+        raise CheckpointError(f"{folder.path} holds no finished checkpoint; train again")
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
     images, labels = jnp.asarray(data.test_images), jnp.asarray(data.test_labels)
     results: dict[Arm, dict[str, Any]] = {}
-    for arm in config.arms:
+    for arm in trained:
         model, optimizer = build_model(config, arm), build_optimizer(config)
         like = jax.eval_shape(lambda m=model, o=optimizer: init_state(m, o, images[:2], 0))
         state = load_newest(folder.checkpoints(arm), like)
@@ -133,5 +141,5 @@ def versions() -> dict[str, str]:
 
 def machine() -> str:
     """The device in words."""
-    device = jax.devices()[0]
+    (device,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
     return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.loop import Evaluation
@@ -30,22 +32,24 @@ class RunFolder:
         """A new folder for a run.
 
         Raises:
-            RunFolderError: it already holds something, or cannot be made.
+            RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
         path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                kept = "a run" if (path / "config.json").exists() else "other files"
-                raise RunFolderError(
-                    f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
-                )
-            folder = cls(path)
-            folder.write("config.json", config.to_json())
-        except OSError as error:
+        folder = cls(path)
+        if "[" in str(path.absolute()):
             raise RunFolderError(
-                f"--run-dir {path}: cannot be written ({error.strerror}); choose another folder"
-            ) from error
+                f"--run-dir {path}: must not have [ in its name, where orbax writes checkpoints "
+                "that it cannot read; choose another folder"
+            )
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            taken = any(path.iterdir())
+        if taken:
+            kept = "a run" if (path / "config.json").exists() else "other files"
+            raise RunFolderError(
+                f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
+            )
+        folder.write("config.json", config.to_json())
         return folder
 
     def read_config(self) -> TrainConfig:
@@ -66,23 +70,37 @@ class RunFolder:
         """The folder of an arm's checkpoints."""
         return self.path / "checkpoints" / arm
 
-    def open_metrics(self) -> TextIO:
-        """`metrics.jsonl`, to add lines to."""
-        return (self.path / "metrics.jsonl").open("a")
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a file that grows."""
+        path = self.path / name
+        with writing(path), path.open("a") as file:
+            file.write(line)
 
-    def write(self, name: str, content: str | bytes) -> Path:
+    def write(self, name: str, content: str | bytes) -> None:
         """A whole file, or none: written under another name, then renamed."""
         path, partial = self.path / name, self.path / f".{name}.partial"
         data = content.encode() if isinstance(content, str) else content
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        with writing(path):
+            try:
+                with partial.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what could not be written and what to do, where the system says only why."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be written ({error.strerror or error}); make room or give permission, "
+            "or choose another --run-dir"
+        ) from error
 
 
 def metrics_line(arm: Arm, evaluation: Evaluation) -> str:

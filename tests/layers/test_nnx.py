@@ -183,11 +183,10 @@ def test_numbers_of_features(features):
     np.testing.assert_array_equal(make(num_features=features)(X), make()(X))
 
 
-def test_complex_data(flax_rules):
+def test_complex_data():
     x = jax.lax.complex(X, X[::-1])
     layer = make(param_dtype=jnp.complex64, momentum=0.0)
-    with flax_rules():
-        y = layer(x)
+    y = layer(x)
     np.testing.assert_allclose(layer.mean[...], x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(jnp.var(y, 0), 1, rtol=1e-4)
     with pytest.raises(TypeError, match="complex"):

@@ -1,0 +1,138 @@
+"""A constant feature normalizes to exactly zero, whatever the constant and however many values.
+
+It must: with ε = 0, or small against u²μ², the rounding errors of a feature without spread would
+come out scaled to a standard deviation of one. And its gradient must be finite, though r may be
+1/√ε or 0, and r³ is not a number that fits.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bn_jax as bn
+
+C = 16
+COUNTS = [2, 3, 5, 7, 11, 13, 15, 25, 61, 97, 127, 251, 257, 509, 1021, 4093, 65537]
+BIAS = np.linspace(-3, 3, C, dtype=np.float32)
+
+
+def constants(seed):
+    random = np.random.default_rng(seed)
+    size = 10 ** random.uniform(-6, 6, C)
+    values = size * random.choice([-1, 1], C)
+    values[:4] = 0, 0.1, 1e5 + 1 / 3, -1e4 / 3
+    return values.astype(np.float32)
+
+
+@jax.jit
+def step(x, dy, epsilon, where):
+    params, state = bn.init(C)
+
+    def forward(x, params):
+        return bn.batch_norm(x, params, state, train=True, epsilon=epsilon, where=where)
+
+    y, pullback, state = jax.vjp(forward, x, params._replace(bias=BIAS), has_aux=True)
+    return y, state, *pullback(dy)
+
+
+def mask(m, random):
+    where = random.random(m) < 0.7
+    where[:2] = True
+    return where
+
+
+WHERE = {
+    "plain": lambda m, random: None,
+    "mask": mask,
+    "weights": lambda m, random: (3 * random.random(m) + 1).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
+@pytest.mark.parametrize("m", COUNTS)
+def test_constants_become_bias_exactly(m, where):
+    random = np.random.default_rng(m)
+    value, where = constants(m), where(m, random)
+    x = np.broadcast_to(value, (m, C))
+    dy = random.standard_normal((m, C)).astype(np.float32)
+    for epsilon in 1e-5, 0.0:
+        y, state, dx, (dscale, dbias) = step(x, dy, epsilon, where)
+        np.testing.assert_array_equal(y, np.broadcast_to(BIAS, (m, C)))
+        np.testing.assert_array_equal(state.mean, value)
+        np.testing.assert_array_equal(state.var, 0)
+        np.testing.assert_array_equal(dscale, 0)
+        np.testing.assert_allclose(dbias, dy.sum(0), rtol=0, atol=1e-6 * np.abs(dy).sum(0).max())
+        if epsilon == 0:
+            np.testing.assert_array_equal(dx, 0)
+        else:
+            counted = np.ones(m) if where is None else np.asarray(where, np.float64)
+            flat = dy - counted[:, None] / counted.sum() * dy.sum(0, dtype=np.float64)
+            np.testing.assert_allclose(dx, flat / np.sqrt(1e-5), rtol=0, atol=2e-6 * 4 * 317)
+
+
+@pytest.mark.parametrize("m", [3, 61])
+def test_constants_become_bias_exactly_in_eager_mode_too(m):
+    params, state = bn.init(C)
+    y, state = bn.batch_norm(
+        np.broadcast_to(constants(m), (m, C)),
+        params._replace(bias=BIAS),
+        state,
+        train=True,
+        epsilon=0.0,
+    )
+    np.testing.assert_array_equal(y, np.broadcast_to(BIAS, (m, C)))
+    np.testing.assert_array_equal(state.var, 0)
+
+
+@pytest.mark.parametrize("members", [2, 3, 7])
+def test_constants_pooled_over_an_axis_become_bias_exactly(members, m=13):
+    params, state = bn.init(C)
+    value = constants(members)
+    y, state = jax.jit(
+        jax.vmap(
+            lambda x: bn.batch_norm(
+                x, params._replace(bias=BIAS), state, train=True, epsilon=0.0, axis_name="i"
+            ),
+            axis_name="i",
+        )
+    )(np.broadcast_to(value, (members, m, C)))
+    np.testing.assert_array_equal(y, np.broadcast_to(BIAS, (members, m, C)))
+    np.testing.assert_array_equal(state.mean, np.broadcast_to(value, (members, C)))
+    np.testing.assert_array_equal(state.var, 0)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_constants_in_any_precision(dtype, epsilon, m=37):
+    params, state = bn.init(1)
+    params = params._replace(bias=jnp.array([0.5]))
+    for value in 0.1, -1000 / 3, 6e4:
+        x = jnp.full((m, 1), value, dtype)
+        run = lambda x: bn.batch_norm(x, params, state, train=True, epsilon=epsilon)[0]  # noqa: E731
+        y, pullback = jax.vjp(run, x)
+        np.testing.assert_array_equal(y, 0.5)
+        assert jnp.isfinite(pullback(jnp.linspace(-1, 1, m, dtype=dtype)[:, None])[0]).all()
+
+
+@pytest.mark.parametrize("exponent", [-17, -13, 0, 13, 17])
+def test_any_spread_has_a_right_gradient_without_epsilon(exponent, m=9):
+    """Nothing on the way may leave float32's range, as r³ does from 1e±13 on."""
+    random = np.random.default_rng(7)
+    x, dy = random.standard_normal((2, m, 3)).astype(np.float32)
+    params, state = bn.init(3)
+    run = jax.jit(lambda x: bn.batch_norm(x, params, state, train=True, epsilon=0.0)[0])
+    size = np.float32(10.0**exponent)
+    y, pullback = jax.vjp(run, x * size)
+    np.testing.assert_allclose(y, run(x), rtol=0, atol=5e-6)
+    (dx,), (unit,) = pullback(dy), jax.vjp(run, x)[1](dy)
+    np.testing.assert_allclose(dx * size, unit, rtol=0, atol=4e-6 * np.abs(dy).max())
+
+
+def test_a_single_value_among_zeros(m=200):
+    """The largest normalized value there is, √(m - 1)."""
+    x = np.zeros((m, 1), np.float32)
+    x[0] = 7
+    y, _ = bn.batch_norm(x, *bn.init(1), train=True, epsilon=0.0)
+    np.testing.assert_allclose(y[0], np.sqrt(m - 1), rtol=1e-6)
+    np.testing.assert_allclose(y[1:], -1 / np.sqrt(m - 1), rtol=2e-6)

@@ -1,0 +1,95 @@
+"""Which examples a step sees: whole epochs in an order of their own, however they are asked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_jax.train.loop import batch_indices
+
+EPOCHS = 8
+# (examples, batch size): with a remainder, without, one batch per epoch, one example per batch.
+SIZES = [(10, 3), (12, 4), (7, 7), (5, 1)]
+each_size = pytest.mark.parametrize(("examples", "batch_size"), SIZES)
+
+compiled = jax.jit(batch_indices, static_argnames=("steps", "batch_size", "examples"))
+
+
+def rows(examples, batch_size, steps, seed=0, start=0):
+    return np.asarray(
+        compiled(
+            jax.random.key(seed),
+            jnp.asarray(start, jnp.int32),
+            steps=steps,
+            batch_size=batch_size,
+            examples=examples,
+        )
+    )
+
+
+@functools.cache
+def epochs_in_one_go(examples, batch_size, seed=0):
+    """Of shape [epochs, steps, batch size]."""
+    per_epoch = examples // batch_size
+    indices = rows(examples, batch_size, EPOCHS * per_epoch, seed)
+    return indices.reshape(EPOCHS, per_epoch, batch_size)
+
+
+@each_size
+def test_an_epoch_sees_no_example_twice(examples, batch_size):
+    for epoch in epochs_in_one_go(examples, batch_size):
+        seen = np.unique(epoch)
+        assert seen.size == epoch.size == examples // batch_size * batch_size
+        assert seen.min() >= 0
+        assert seen.max() < examples
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(12, 4), (7, 7), (5, 1)])
+def test_without_a_remainder_an_epoch_is_a_permutation(examples, batch_size):
+    for epoch in epochs_in_one_go(examples, batch_size):
+        np.testing.assert_array_equal(np.sort(epoch, axis=None), np.arange(examples))
+
+
+def test_what_is_left_over_changes():
+    """10 examples in batches of 3: one waits, each time another."""
+    left = {frozenset(range(10)).difference(epoch.flat) for epoch in epochs_in_one_go(10, 3)}
+    assert len(left) > 1
+
+
+@each_size
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_chunks_of_any_size_are_one_sequence(examples, batch_size, chunk):
+    """Also where a chunk ends within an epoch, and where it spans several."""
+    whole = epochs_in_one_go(examples, batch_size).reshape(-1, batch_size)
+    starts = range(0, len(whole) - chunk + 1, chunk)
+    chunks = [rows(examples, batch_size, chunk, start=start) for start in starts]
+    np.testing.assert_array_equal(np.concatenate(chunks), whole[: len(starts) * chunk])
+
+
+@each_size
+def test_a_chunk_may_start_anywhere(examples, batch_size):
+    whole = epochs_in_one_go(examples, batch_size).reshape(-1, batch_size)
+    for start in range(len(whole) - 3):
+        chunk = rows(examples, batch_size, 3, start=start)
+        np.testing.assert_array_equal(chunk, whole[start : start + 3])
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 3), (12, 4)])
+def test_seeds_and_epochs_have_orders_of_their_own(examples, batch_size):
+    orders = [
+        tuple(epoch.flat)
+        for seed in range(3)
+        for epoch in epochs_in_one_go(examples, batch_size, seed)
+    ]
+    # Of 9! orders or more, 24 draws hardly meet, and none is that of the files.
+    assert len(set(orders)) == len(orders)
+    assert tuple(range(len(orders[0]))) not in orders
+
+
+def test_every_order_is_as_likely():
+    """Three examples in 600 epochs: six orders, 100 times each, give or take five σ = 46."""
+    orders, counts = np.unique(rows(3, 1, 1800).reshape(600, 3), axis=0, return_counts=True)
+    assert len(orders) == 6
+    assert np.abs(counts - 100).max() < 5 * np.sqrt(600 * (1 / 6) * (5 / 6))

@@ -1,0 +1,176 @@
+"""The command line as a user has it: real processes, on the real MNIST."""
+
+import dataclasses
+import json
+import re
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bn_jax.train.config import TrainConfig
+
+STEPS, EVERY = 1000, 250
+
+
+@pytest.fixture(scope="module")
+def twins(start, finish, tmp_path_factory):
+    """Two runs of one command, both arms: [(run folder, exit status, stdout, stderr)]."""
+    folders = [tmp_path_factory.mktemp("twin") / "run" for _ in range(2)]
+    common = ("--steps", STEPS, "--evaluate-every", EVERY, "--checkpoint-every", EVERY)
+    # At once, on the two cores that there may be.
+    running = [start("train", *common, "--run-dir", folder, optimize=True) for folder in folders]
+    return [(f, *finish(process)) for f, process in zip(folders, running, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def run(twins):
+    folder, status, stdout, stderr = twins[0]
+    assert status == 0, stderr
+    return folder, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def summary(run):
+    return json.loads((run[0] / "summary.json").read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_everything_is_in_the_run_folder(run):
+    folder, _, _ = run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoints"}
+    for arm in ("batch", "none"):
+        steps = {path.name for path in (folder / "checkpoints" / arm).iterdir()}
+        assert steps == {str(STEPS - EVERY), str(STEPS)}
+    with Image.open(folder / "curves.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 50
+
+
+def test_the_configuration_is_what_was_asked(run):
+    folder, _, _ = run
+    expected = TrainConfig(
+        steps=STEPS, evaluate_every=EVERY, checkpoint_every=EVERY, run_dir=folder
+    )
+    assert TrainConfig.from_json((folder / "config.json").read_text()) == expected
+
+
+def test_a_line_per_arm_and_evaluation(run):
+    lines = metrics(run[0])
+    steps = range(0, STEPS + 1, EVERY)
+    assert [(line["arm"], line["step"]) for line in lines] == [
+        (arm, step) for arm in ("batch", "none") for step in steps
+    ]
+    keys = {"arm", "step", "train_loss", "test_accuracy", "examples_per_second"}
+    assert all(line.keys() == keys for line in lines)
+
+
+def test_the_summary_is_that_of_the_lines(run, summary):
+    for arm in ("batch", "none"):
+        lines = [line for line in metrics(run[0]) if line["arm"] == arm]
+        row = summary["arms"][arm]
+        assert row["final_test_accuracy"] == lines[-1]["test_accuracy"]
+        assert row["best_test_accuracy"] == max(line["test_accuracy"] for line in lines)
+        for level, step in row["steps_to"].items():
+            reached = [x["step"] for x in lines if x["test_accuracy"] >= float(level)]
+            assert step == (reached[0] if reached else None)
+    assert summary["versions"].keys() >= {"jax", "flax", "optax", "python", "device"}
+
+
+def test_batch_norm_learns_faster(summary):
+    """Published for 1,000 steps: more than .85, where the other arm has hardly left .1."""
+    with_bn, without = (summary["arms"][arm]["final_test_accuracy"] for arm in ("batch", "none"))
+    assert with_bn > 0.88
+    assert without < with_bn - 0.2
+
+
+def test_the_table_is_on_standard_output(run, summary):
+    _, stdout, stderr = run
+    for arm, title in (("batch", "with batch norm"), ("none", "without")):
+        row = rf"{title} +│ +{summary['arms'][arm]['final_test_accuracy']:.4f}"
+        assert re.search(row, stdout)
+    assert stderr == ""
+
+
+def test_the_same_seed_is_the_same_run(twins):
+    (one, *_), (two, status, _, stderr) = twins
+    assert status == 0, stderr
+    first, second = metrics(one), metrics(two)
+    for line in (*first, *second):
+        del line["examples_per_second"]
+    assert first == second
+
+
+def test_evaluate_says_what_the_summary_says(run, summary, start, finish):
+    status, stdout, stderr = finish(start("evaluate", run[0], optimize=True))
+    assert (status, stderr) == (0, "")
+    for arm, title in (("batch", "with batch norm"), ("none", "without")):
+        row = rf"{title} +│ +1,000 +│ +{summary['arms'][arm]['final_test_accuracy']:.4f}"
+        assert re.search(row, stdout)
+
+
+def test_help_has_every_flag(main, capsys):
+    assert main("train", "--help") == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"]])
+def test_help(arguments, main, capsys):
+    assert main(*arguments) == 0
+    text = capsys.readouterr().out
+    assert "usage: bn-jax" in text
+    assert "train" in text or "--data-dir" in text
+
+
+def test_the_console_script_is_this_command_line():
+    (script,) = entry_points(group="console_scripts", name="bn-jax")
+    assert script.value == "bn_jax.cli:main"
+
+
+@pytest.fixture(scope="module")
+def mistakes(start, finish, tmp_path_factory):
+    """Command lines that cannot work: their exit status, standard output, standard error."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "config.json").write_text("{}")
+    commands = {
+        "model": ("train", "--model", "vgg"),
+        "steps": ("train", "--steps", "-1"),
+        "batch": ("train", "--batch-size", "60001"),
+        "taken": ("train", "--run-dir", "taken"),
+        "data": ("train", "--data-dir", "nowhere"),
+        "run": ("evaluate", "nowhere"),
+    }
+    running = {name: start(*command, cwd=folder) for name, command in commands.items()}
+    results = {name: finish(process) for name, process in running.items()}
+    assert [path.name for path in folder.iterdir()] == ["taken"]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model", r"invalid choice 'vgg' for argument '--model'.*'mlp', 'cnn',.*'tower'"),
+        ("steps", r"^error: --steps -1: must be an integer of at least 0\n$"),
+        ("batch", r"^error: --batch-size 60001: must be at most 60000, the number of .*\n$"),
+        ("taken", r"^error: --run-dir taken: already holds a run; choose a new folder.*\n$"),
+        ("data", r"^error: .*nowhere: found neither train-images-idx3-ubyte.*\n$"),
+        ("run", r"^error: nowhere is no run: it has no config.json\n$"),
+    ],
+)
+def test_a_mistake_is_one_message(name, message, mistakes):
+    status, stdout, stderr = mistakes[name]
+    assert status == 2
+    assert re.search(message, stderr, re.DOTALL if name == "model" else 0), stderr
+    assert "Traceback" not in stderr + stdout
+
+
+def test_a_device_that_is_not_here(main, capsys):
+    assert main("train", "--device", "tpu") == 2
+    assert re.match(r"error: --device tpu: JAX finds none here", capsys.readouterr().err)

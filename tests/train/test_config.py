@@ -1,0 +1,174 @@
+"""A configuration: what it refuses and how it says so, and its way to JSON and back."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bn_jax.train.config import TrainConfig
+
+positive = st.integers(1, 10**6)
+rates = st.floats(0, 1e6)
+ranges = {
+    "data_dir": st.none() | st.text(min_size=1).map(Path),
+    "hidden": st.lists(positive, max_size=4).map(tuple),
+    "filters": positive,
+    "blocks": st.integers(0, 50),
+    "init_std": st.none() | st.floats(0, 1e6, exclude_min=True),
+    "decay": st.floats(0, 1),
+    "epsilon": rates,
+    "learning_rate": rates,
+    "weight_decay": rates,
+    "batch_size": positive,
+    "steps": st.integers(0, 10**9),
+    "seed": st.integers(0, 2**32 - 1),
+    "evaluate_every": positive,
+    "checkpoint_every": positive,
+    "run_dir": st.none() | st.text(min_size=1).map(Path),
+}
+hints = typing.get_type_hints(TrainConfig)
+choices = {name: typing.get_args(kind) for name, kind in hints.items() if name not in ranges}
+
+
+@st.composite
+def configs(draw):
+    """Any configuration that makes sense."""
+    fields = {name: draw(values) for name, values in ranges.items()}
+    fields |= {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+    if fields["model"] == "tower":
+        fields["placement"] = "pre-activation"
+    if fields["norm"] != "none":
+        fields["batch_size"] = max(2, fields["batch_size"])
+    return TrainConfig(**fields)
+
+
+@given(configs())
+def test_to_json_and_back(config):
+    text = config.to_json()
+    assert TrainConfig.from_json(text) == config
+    assert json.loads(text).keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    hash(config)
+
+
+def test_the_default_is_the_papers_experiment():
+    config = TrainConfig()
+    assert (config.dataset, config.model, config.hidden) == ("mnist", "mlp", (100, 100, 100))
+    assert (config.steps, config.batch_size, config.activation) == (50_000, 60, "sigmoid")
+    assert (config.placement, config.arms) == ("pre-activation", ("batch", "none"))
+    assert config.binarization != "none"
+    assert TrainConfig.from_json("{}") == config
+
+
+@pytest.mark.parametrize(
+    ("norm", "arms"), [("both", ("batch", "none")), ("batch", ("batch",)), ("none", ("none",))]
+)
+def test_arms(norm, arms):
+    assert TrainConfig(norm=norm).arms == arms
+
+
+OUT_OF_RANGE = [
+    *((name, "other", "must be one of") for name in choices),
+    *(
+        (n, 0, "a positive")
+        for n in ("filters", "batch_size", "evaluate_every", "checkpoint_every")
+    ),
+    ("filters", 1.0, "a positive integer"),
+    ("batch_size", -60, "a positive integer"),
+    ("batch_size", True, "a positive integer"),
+    ("blocks", -1, "at least 0"),
+    ("steps", -1, "at least 0"),
+    ("steps", 0.5, "an integer"),
+    ("seed", -1, "from 0 to 4294967295"),
+    ("seed", 2**32, "from 0 to 4294967295"),
+    ("hidden", (100, 0), "positive integers"),
+    ("hidden", (100, 1.5), "positive integers"),
+    ("hidden", 100, "positive integers"),
+    *((n, -0.1, "at least 0") for n in ("learning_rate", "epsilon", "weight_decay")),
+    *((n, float("nan"), "finite") for n in ("learning_rate", "epsilon", "weight_decay")),
+    *(
+        (n, float("inf"), "finite")
+        for n in ("learning_rate", "epsilon", "weight_decay", "init_std")
+    ),
+    ("init_std", 0.0, "positive"),
+    ("init_std", -1.0, "positive"),
+    ("decay", -0.1, "between 0 and 1"),
+    ("decay", 1.1, "between 0 and 1"),
+    ("decay", float("nan"), "between 0 and 1"),
+    ("data_dir", "a folder", "path"),
+    ("run_dir", 5, "path"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), OUT_OF_RANGE)
+def test_a_value_out_of_range(name, value, rule):
+    with pytest.raises(ValueError, match=rule) as caught:
+        TrainConfig(**{name: value})
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')} {value!r}: must be ")
+
+
+def test_every_field_has_a_value_that_is_refused():
+    assert {name for name, *_ in OUT_OF_RANGE} == {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_the_limits_themselves_are_in_range():
+    zeros = {"learning_rate": 0, "epsilon": 0, "weight_decay": 0, "decay": 0, "steps": 0, "seed": 0}
+    TrainConfig(**zeros, blocks=0)
+    TrainConfig(decay=1, seed=2**32 - 1, filters=1, evaluate_every=1, checkpoint_every=1, hidden=())
+
+
+def test_the_tower_has_one_placement():
+    with pytest.raises(
+        ValueError, match=r"--placement 'input': must be pre-activation for the tower"
+    ):
+        TrainConfig(model="tower", placement="input")
+
+
+def test_one_example_has_no_variance():
+    with pytest.raises(ValueError, match=r"--batch-size 1: must be at least 2 with batch norm"):
+        TrainConfig(batch_size=1)
+    # Without batch norm, and where each feature has a map of values, it may be one.
+    TrainConfig(batch_size=1, norm="none")
+    TrainConfig(batch_size=1, model="tower")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: None} for name in ("learning_rate", "hidden", "steps", "dataset", "decay")),
+        *({name: "1"} for name in ("learning_rate", "steps", "seed", "epsilon", "init_std")),
+        *({name: True} for name in ("learning_rate", "steps", "init_std", "decay")),
+        *({name: [1]} for name in ("learning_rate", "steps", "model", "data_dir")),
+        {"hidden": "100"},
+        {"hidden": 100},
+        {"hidden": [[100]]},
+        {"hidden": {"100": 1}},
+        {"run_dir": 5},
+        {"model": {}},
+    ],
+    ids=str,
+)
+def test_json_of_the_wrong_type(fields):
+    ((name, _),) = fields.items()
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} .*: must be "):
+        TrainConfig.from_json(json.dumps(fields))
+
+
+def test_json_with_an_unknown_field():
+    with pytest.raises(ValueError, match=r"unknown field 'momentum'"):
+        TrainConfig.from_json('{"steps": 5, "momentum": 0.9}')
+
+
+@pytest.mark.parametrize("text", ["", "{", "steps: 5", '{"steps": 5', "[1]x"])
+def test_what_is_not_json(text):
+    with pytest.raises(ValueError, match=r"line 1 column"):
+        TrainConfig.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"steps"'])
+def test_json_that_is_no_object(text):
+    with pytest.raises(ValueError, match=r"not a JSON object"):
+        TrainConfig.from_json(text)

@@ -1,0 +1,131 @@
+"""Chunks of steps under `lax.scan` are the steps one by one, wherever the chunks end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.config import TrainConfig
+from bn_jax.train.loop import batch_indices, run_chunk, train
+from bn_jax.train.step import accuracy, init_state, make_train_step
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+SMALL = {"hidden": (8,), "learning_rate": 0.5, "batch_size": 20, "steps": 10}
+CONFIG = TrainConfig(**SMALL)
+
+
+def run(data, arm="batch", **options):
+    """All (state, evaluation) of a run."""
+    config = TrainConfig(**SMALL | {"evaluate_every": 10} | options)
+    return list(train(config, build_model(config, arm), build_optimizer(config), data))
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Runs that more than one test looks at."""
+    return {}
+
+
+@pytest.fixture
+def in_one_go(known, digits):
+    """The run whose only chunk is all of it."""
+    return known.get(10) or known.setdefault(10, run(digits))
+
+
+@pytest.fixture
+def in_chunks(known, digits):
+    """The same run in chunks of 4, 4 and 2 steps."""
+    return known.get(4) or known.setdefault(4, run(digits, evaluate_every=4))
+
+
+def leaves(state):
+    return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+
+
+def test_evaluations_before_the_first_step_and_after_each_chunk(in_chunks, digits):
+    states, evaluations = zip(*in_chunks, strict=True)
+    assert [e.step for e in evaluations] == [0, 4, 8, 10]
+    assert [int(state.step) for state in states] == [0, 4, 8, 10]
+    first, *rest = evaluations
+    assert np.isnan(first.train_loss)
+    assert first.examples_per_second == 0
+    assert all(e.examples_per_second > 0 for e in rest)
+    images, labels = jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels)
+    for state, evaluation in zip(states, evaluations, strict=True):
+        score = accuracy(build_model(CONFIG, "batch"), "threshold", state, images, labels)
+        assert evaluation.test_accuracy == float(score)
+
+
+@pytest.mark.parametrize("arm", ["batch", "none"])
+def test_it_learns(arm, digits):
+    (_, start), *_, (_, end) = run(digits, arm, steps=200, evaluate_every=100, learning_rate=1.0)
+    assert start.test_accuracy < 0.4
+    assert end.test_accuracy > 0.9
+
+
+@pytest.mark.parametrize(("arm", "binarization"), [("batch", "stochastic"), ("none", "threshold")])
+def test_a_chunk_is_its_steps_one_by_one(arm, binarization, digits):
+    model, optimizer = build_model(CONFIG, arm), build_optimizer(CONFIG)
+    images = jnp.asarray(digits.train_images)
+    labels = jnp.asarray(digits.train_labels, jnp.int32)
+    train_step = make_train_step(model, optimizer, binarization)
+    state = start = init_state(model, optimizer, images[:2], 0)
+    step, losses = jax.jit(train_step), []
+    # 15 steps of 20 span two epochs of 240.
+    rows = batch_indices(start.key, start.step, 15, 20, len(images))
+    for batch in rows:
+        state, loss = step(state, images[batch], labels[batch])
+        losses.append(float(loss))
+    chunk, mean_loss = run_chunk(train_step, start, images, labels, steps=15, batch_size=20)
+    assert int(chunk.step) == 15
+    assert float(mean_loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    # Fifteen steps, each of which may round otherwise when compiled otherwise.
+    for got, expected in zip(leaves(chunk), leaves(state), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_when_to_evaluate_changes_nothing(in_chunks, in_one_go):
+    for x, y in zip(leaves(in_chunks[-1][0]), leaves(in_one_go[-1][0]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_seed_is_a_run(in_one_go, digits):
+    (first, one), (again, two), (other, three) = (
+        in_one_go[-1],
+        run(digits, seed=0)[-1],
+        run(digits, seed=1)[-1],
+    )
+    for x, y in zip(leaves(first), leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y, strict=True)
+    assert one._replace(examples_per_second=0) == two._replace(examples_per_second=0)
+    assert one.train_loss != three.train_loss
+    kernels = [s.params["NormalizedLayer_0"]["Dense_0"]["kernel"] for s in (first, other)]
+    assert np.any(kernels[0] != kernels[1])
+
+
+def test_the_seed_is_that_of_initial_weights_and_of_the_order(digits):
+    model, optimizer = build_model(CONFIG, "batch"), build_optimizer(CONFIG)
+    states = [init_state(model, optimizer, digits.train_images[:2], seed) for seed in (0, 1)]
+    a, b = (state.params["Dense_0"]["kernel"] for state in states)
+    assert np.any(a != b)
+    a, b = (batch_indices(state.key, state.step, 3, 20, 240) for state in states)
+    assert np.any(a != b)
+
+
+def test_both_arms_see_the_same_batches(digits):
+    keys = [run(digits, arm, steps=0)[0][0].key for arm in ("batch", "none")]
+    assert keys[0] == keys[1]
+
+
+def test_a_batch_larger_than_the_data(digits):
+    config = TrainConfig(batch_size=241)
+    model, optimizer = build_model(config, "none"), build_optimizer(config)
+    with pytest.raises(ValueError, match=r"--batch-size 241: must be at most 240"):
+        next(train(config, model, optimizer, digits))
+
+
+def test_a_batch_of_all_the_data(digits):
+    *_, (state, evaluation) = run(digits, batch_size=240, steps=2, evaluate_every=2)
+    assert int(state.step) == evaluation.step == 2
