@@ -140,9 +140,9 @@ class BatchNorm(nn.Module):
             count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
         scale = bias = None
         if self.use_scale:
-            scale = jnp.asarray(self.param("scale", self.scale_init, shape, self.param_dtype))
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
-            bias = jnp.asarray(self.param("bias", self.bias_init, shape, self.param_dtype))
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         params = BatchNormParams(scale, bias)
         x, result = promote(x, params, self.dtype)
         where = read_mask(mask, x, axes)
@@ -153,13 +153,11 @@ class BatchNorm(nn.Module):
             y = normalize(x, batch.mean, batch.var, params, epsilon=self.epsilon, feature_axis=axes)
             return y.astype(result)
 
-        # asarray: a restored checkpoint holds numpy arrays.
         seen = jnp.zeros_like(mean.value, jnp.int32) if count is None else count.value
-        past = BatchNormState(*map(jnp.asarray, (mean.value, var.value, seen)))
         y, state = batch_norm(
             x,
             params,
-            past,
+            BatchNormState(mean.value, var.value, seen),
             train=not evaluate,
             average=Ema(self.momentum) if self.average is None else self.average,
             epsilon=self.epsilon,

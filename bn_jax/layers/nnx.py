@@ -182,16 +182,14 @@ class BatchNorm(nnx.Module):
             )
         x = jnp.asarray(x)
         axes = feature_axes(x, self.axis)
-        mean, var = jnp.asarray(self.mean[...]), jnp.asarray(self.var[...])
+        mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         with jax.numpy_dtype_promotion("standard"):
             x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = BatchNormParams(scale, bias)
         x, result = promote(x, params, self.dtype)
-        seen = (
-            jnp.zeros_like(mean, jnp.int32) if self.count is None else jnp.asarray(self.count[...])
-        )
+        seen = jnp.zeros_like(mean, jnp.int32) if self.count is None else self.count[...]
         y, state = batch_norm(
             x,
             params,

@@ -154,8 +154,9 @@ def is_count(value: object, least: int) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether value is a finite number (True and False are not) of at least 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < math.inf
 
 
 def one_of(kind: Any) -> str:

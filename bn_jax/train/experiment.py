@@ -113,7 +113,7 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
-    trained = [arm for arm in config.arms if newest_checkpoint(folder.checkpoints(arm))]
+    trained: list[Arm] = [arm for arm in config.arms if newest_checkpoint(folder.checkpoints(arm))]
     if not trained:
         raise CheckpointError(f"{folder.path} holds no finished checkpoint; train again")
     data = load(config.dataset, data_dir=data_dir or config.data_dir)

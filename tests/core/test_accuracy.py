@@ -304,7 +304,7 @@ def test_evaluation_in_half_precision_does_not_round_the_state(dtype=jnp.bfloat1
 def test_double_precision_has_all_its_digits(x64, offset, shape=(97, 8)):
     random = np.random.default_rng(8)
     x, dy = random.standard_normal((2, *shape)) + [[[offset]], [[0]]]
-    y, state, dx, (dscale, dbias) = step(x, dy)
+    y, _, dx, (dscale, dbias) = step(x, dy)
     truth = oracle.forward(x)
     assert y.dtype == jnp.float64
     # The oracle itself rounds the mean at u·R.
@@ -320,9 +320,7 @@ def test_complex_data_are_as_accurate_as_real(shape=(97, 8)):
     x = (real + 1j * (imaginary - 1e3)).astype(np.complex64)
     params, state = bn.init(8, dtype=jnp.complex64)
     y, state = jax.jit(
-        lambda x: bn.batch_norm(
-            x, params, state, train=True, average=bn.Ema(0.0), unbiased=False
-        )
+        lambda x: bn.batch_norm(x, params, state, train=True, average=bn.Ema(0.0), unbiased=False)
     )(x)
     truth = oracle.forward(x)
     assert (y.dtype, state.mean.dtype, state.var.dtype) == ("complex64", "complex64", "float32")

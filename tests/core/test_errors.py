@@ -191,7 +191,7 @@ MISTAKES = {
         ValueError,
         ["where has shape (8, 3, 1)", "x (8, 3)"],
     ),
-    "scalar where": (where(np.True_[()]), ValueError, ["where has shape ()", "x (8, 3)"]),
+    "scalar where": (where(jnp.array(True)), ValueError, ["where has shape ()", "x (8, 3)"]),
     "where of one axis for an image": (
         partial(train, jnp.ones((8, 5, 5, 3)), where=np.ones(8, bool)),
         ValueError,
@@ -327,4 +327,4 @@ def test_forgetting_axis_name_under_shard_map_is_caught_by_jax():
     x = jnp.tile(X, (2, 1))
     forgetful = jax.shard_map(train, mesh=mesh, in_specs=rows, out_specs=(rows, all_of_it))
     with pytest.raises(ValueError, match="replicat"):
-        forgetful(x)
+        jax.eval_shape(forgetful, x)

@@ -296,9 +296,7 @@ def test_a_custom_average_sees_the_count_of_each_feature():
         (optax.linear_schedule(0.0, 1.0, 10), [0.4, 0.5, 0.6]),
         (optax.piecewise_constant_schedule(0.9, {5: 0.5}), [0.9, 0.45, 0.45]),
         (
-            optax.join_schedules(
-                [optax.constant_schedule(0.2), optax.constant_schedule(0.8)], [5]
-            ),
+            optax.join_schedules([optax.constant_schedule(0.2), optax.constant_schedule(0.8)], [5]),
             [0.2, 0.8, 0.8],
         ),
     ],

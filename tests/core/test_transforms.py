@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import bn_jax as bn
 
 ROWS = 16
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,15 +144,6 @@ CASES = {
     "complex64": Case((ROWS, 3), dtype=jnp.complex64),
 }
 TRANSFORMS = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Speed of the code is nothing here, that of the compiler everything."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 
 def transform(check):
