@@ -23,9 +23,9 @@ def progress_bars(console: Console) -> Iterator[Progress]:
     """A live bar per arm: step, loss, test accuracy, time left."""
     with Progress(
         TextColumn("{task.description:>15}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  test accuracy {task.fields[accuracy]}"),
+        TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     ) as progress:

@@ -48,8 +48,18 @@ def assert_states_equal(a, b, channels=slice(None)):
         (X, np.full(M, np.inf, np.float32)),
         (X * 1e30, None),
     ],
-    ids=["empty", "masked", "no weight", "masked NaN", "NaN", "inf", "-inf", "±inf", "inf weight"]
-    + ["overflow"],
+    ids=[
+        "empty",
+        "masked",
+        "no weight",
+        "masked NaN",
+        "NaN",
+        "inf",
+        "-inf",
+        "±inf",
+        "inf weight",
+        "overflow",
+    ],
 )
 def test_a_bad_batch_leaves_the_state_as_it_was(x, where, average):
     for unbiased in True, False:

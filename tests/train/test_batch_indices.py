@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax.train.loop import batch_indices
+from bn_jax.train.batches import batch_indices
 
 EPOCHS = 8
 # (examples, batch size): with a remainder, without, one batch per epoch, one example per batch.

@@ -177,7 +177,7 @@ def test_what_one_sees(tmp_path, instant):
         "without",
         "4/4",
         f"loss {last['train_loss']:.4f}",
-        f"test accuracy {last['test_accuracy']:.4f}",
+        f"accuracy {last['test_accuracy']:.4f}",
         "0:00:0",
         "steps to 0.95",
         "steps/s",

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bn_jax.train.batches import batch_indices
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.loop import batch_indices, run_chunk, train
+from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.step import accuracy, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
