@@ -23,9 +23,9 @@ FORBIDDEN = {
         for name in CORE
     },
     "bn_jax.layers": HEAVY,
-    # flax itself loads orbax and rich
-    "bn_jax.layers.linen": HEAVY - {"flax", "orbax", "rich"} | {"bn_jax.data", "bn_jax.train"},
-    "bn_jax.layers.nnx": HEAVY - {"flax", "orbax", "rich"} | {"bn_jax.data", "bn_jax.train"},
+    # flax itself loads rich, and its nnx optax
+    "bn_jax.layers.linen": HEAVY - {"flax", "rich"} | {"bn_jax.data", "bn_jax.train"},
+    "bn_jax.layers.nnx": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
 }
 
 
