@@ -18,7 +18,7 @@ class TrainConfig:
     the learning rate, the initial standard deviation, epsilon, or how the input is made binary.
     Those defaults are from a small grid (standard deviation 0.02 to 0.05, rate 0.1 to 0.3,
     threshold or stochastic): they come near its Figure 1(a) in the steps to 0.95, where the paper
-    has less than 4,000 with batch norm and 14,600 without, and these about 4,500 and 14,500.
+    has less than 4,000 with batch norm and 14,600 without, and these about 4,500 and 15,000.
 
     Raises:
         ValueError: a value is out of range, with the field's name and what it may be.
