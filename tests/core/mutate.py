@@ -1,0 +1,602 @@
+"""Break the core in many small ways, and see whether the tests notice.
+
+    python tests/core/mutate.py             all of them
+    python tests/core/mutate.py ε merge     those whose name or file contains a word
+
+Each mutation replaces one text in a temporary copy of the package, and the tests run on the copy:
+first the file that should notice, then, if it does not, all the others. A mutation that survives
+is a test that is missing; one that is known to change nothing says why in EQUIVALENT.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One way to break one file, and the tests that should notice first."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    noticed_by: str
+
+
+MUTATIONS = [
+    # moments.py
+    Mutation(
+        "merge drops the variance between the parts",
+        "moments.py",
+        " + share_a * share_b * square(difference)",
+        "",
+        "monoid",
+    ),
+    Mutation(
+        "merge swaps the shares of the variances",
+        "moments.py",
+        "share_a * a.var + share_b * b.var",
+        "share_b * a.var + share_a * b.var",
+        "monoid",
+    ),
+    Mutation(
+        "merge steps from the smaller set",
+        "moments.py",
+        "share_b <= share_a,",
+        "share_b > share_a,",
+        "monoid",
+    ),
+    Mutation(
+        "merge has the wrong sign of the step",
+        "moments.py",
+        "a.mean + share_b.astype",
+        "a.mean - share_b.astype",
+        "monoid",
+    ),
+    Mutation(
+        "merge forgets one of the counts",
+        "moments.py",
+        "count = a.count + b.count",
+        "count = a.count",
+        "monoid",
+    ),
+    Mutation(
+        "pool weighs all members alike",
+        "moments.py",
+        "sums = Sums(count.astype(mean.dtype) * mean, count * (var + square(mean)), count)",
+        "one = jnp.ones_like(count)\n"
+        "    sums = Sums(one.astype(mean.dtype) * mean, one * (var + square(mean)), one)",
+        "monoid",
+    ),
+    Mutation(
+        "pool drops the variance between members",
+        "moments.py",
+        "count * (var + square(mean))",
+        "count * var",
+        "monoid",
+    ),
+    Mutation(
+        "pool takes a mean of sums instead of their sum",
+        "moments.py",
+        "lax.psum(sums, axis_name)), origin)",
+        "lax.pmean(sums, axis_name)), origin)",
+        "monoid",
+    ),
+    Mutation(
+        "batch norm pools by pmean",
+        "moments.py",
+        "else lax.psum(sums, axis_name)\n",
+        "else lax.pmean(sums, axis_name)\n",
+        "state",
+    ),
+    Mutation(
+        "the shared origin is a plain mean of the members'",
+        "moments.py",
+        "(count.astype(origin.dtype) * origin, count), axis_name",
+        "(jnp.where(count > 0, origin, 0), jnp.sign(count)), axis_name",
+        "accuracy",
+    ),
+    Mutation(
+        "the origin of each member is its own",
+        "moments.py",
+        "return origin if axis_name is None else shared_origin(origin, count, axis_name)",
+        "return origin",
+        "state",
+    ),
+    Mutation(
+        "the origin is zero",
+        "moments.py",
+        "origin, count = shift(near, origin).mean, near.count",
+        "count = near.count",
+        "accuracy",
+    ),
+    Mutation(
+        "one step to the origin of weighted data",
+        "moments.py",
+        "1 if weights is None or weights.dtype == bool else 2",
+        "1",
+        "constant",
+    ),
+    Mutation(
+        "padding is not dropped",
+        "moments.py",
+        "return jnp.where(harmless, values, jnp.zeros_like(values))",
+        "return values",
+        "state",
+    ),
+    Mutation(
+        "all that is excluded is dropped, finite or not",
+        "moments.py",
+        "harmless = counts(weights) | jnp.isfinite(x)",
+        "harmless = jnp.broadcast_to(counts(weights), x.shape)",
+        "state",
+    ),
+    Mutation(
+        "excluded values are multiplied by zero, not left out",
+        "moments.py",
+        "kept = jnp.where(counts(weights), centered, jnp.zeros_like(centered))",
+        "kept = centered",
+        "state",
+    ),
+    Mutation(
+        "weights are not squared away: Σ w² d²",
+        "moments.py",
+        "add_over(weights * square(kept), reduced)",
+        "add_over(weights * weights * square(kept), reduced)",
+        "monoid",
+    ),
+    Mutation(
+        "the count of a mask is the batch size",
+        "moments.py",
+        "            add_over(weights, reduced),",
+        "            add_over(jnp.ones_like(weights), reduced),",
+        "monoid",
+    ),
+    Mutation(
+        "sums over several axes are one sum",
+        "moments.py",
+        "values = lax.optimization_barrier(jnp.sum(values, axes[1:]))",
+        "return jnp.sum(values, axes)",
+        "accuracy",
+    ),
+    Mutation(
+        "variance without the square of the mean's residual",
+        "moments.py",
+        "var = share(sums.square, sums.count) - square(mean)",
+        "var = share(sums.square, sums.count)",
+        "monoid",
+    ),
+    Mutation(
+        "variance may come out negative",
+        "moments.py",
+        "return Moments(mean, jnp.maximum(var, jnp.zeros_like(var)), sums.count)",
+        "return Moments(mean, var, sums.count)",
+        "constant",
+    ),
+    Mutation(
+        "the mean of nothing is the origin",
+        "moments.py",
+        "mean=jnp.where(seen, moments.mean + by, moments.mean)",
+        "mean=moments.mean + by + 0 * seen",
+        "monoid",
+    ),
+    Mutation(
+        "the mean is not moved back",
+        "moments.py",
+        "jnp.where(seen, moments.mean + by, moments.mean)",
+        "jnp.where(seen, moments.mean, moments.mean)",
+        "monoid",
+    ),
+    Mutation(
+        "a quotient of nothing is not guarded",
+        "moments.py",
+        "safe = jnp.where(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)",
+        "safe = whole.astype(part.dtype)",
+        "monoid",
+    ),
+    Mutation(
+        "divisors may become reciprocals",
+        "moments.py",
+        "return part / jnp.where(jnp.isnan(part), lax.stop_gradient(part), safe)",
+        "return part / safe",
+        "constant",
+    ),
+    Mutation(
+        "a quotient by NaN made of nothing",
+        "moments.py",
+        "jnp.where(jnp.isnan(part), lax.stop_gradient(part), safe)",
+        "jnp.where(jnp.isnan(part), jnp.full_like(safe, jnp.nan), safe)",
+        "transforms",
+    ),
+    Mutation(
+        "squares of complex numbers are not of their size",
+        "moments.py",
+        "jnp.real(x * jnp.conj(x)) if",
+        "jnp.real(x * x) if",
+        "accuracy",
+    ),
+    # standardize.py
+    Mutation(
+        "the residual of the mean is lost",
+        "standardize.py",
+        "center(x, origin, axes) - spread(near.mean, x, axes), x, weights",
+        "center(x, origin, axes), x, weights",
+        "accuracy",
+    ),
+    Mutation(
+        "gradient flows into the state",
+        "standardize.py",
+        "(y_dot, jax.tree.map(jnp.zeros_like, near))",
+        "(y_dot, jax.tree.map(jnp.ones_like, near))",
+        "transforms",
+    ),
+    Mutation(
+        "the derivative forgets that the mean moves",
+        "standardize.py",
+        "mean_dot = each.astype(wide) * dot.total",
+        "mean_dot = jnp.zeros_like(dot.total)",
+        "gradients",
+    ),
+    Mutation(
+        "the derivative forgets that the variance moves",
+        "standardize.py",
+        "r * (var_dot + epsilon_dot)",
+        "r * (jnp.zeros_like(var_dot) + epsilon_dot)",
+        "gradients",
+    ),
+    Mutation(
+        "the derivative forgets ε",
+        "standardize.py",
+        "(var_dot + epsilon_dot)",
+        "(var_dot)",
+        "gradients",
+    ),
+    Mutation(
+        "the derivative of r has the wrong sign",
+        "standardize.py",
+        "r_dot = -0.5 * (r",
+        "r_dot = 0.5 * (r",
+        "gradients",
+    ),
+    Mutation(
+        "r³ before the tangent",
+        "standardize.py",
+        "(r * (r * (r * (var_dot + epsilon_dot))))",
+        "r * r * r * (var_dot + epsilon_dot)",
+        "constant",
+    ),
+    Mutation(
+        "the derivative forgets the scale's tangent",
+        "standardize.py",
+        "slope = slope + params_dot.scale.astype(wide) * r",
+        "slope = slope + 0 * params_dot.scale.astype(wide) * r",
+        "gradients",
+    ),
+    Mutation(
+        "the derivative forgets the bias's tangent",
+        "standardize.py",
+        "y_dot = y_dot + spread(params_dot.bias",
+        "y_dot = y_dot + 0 * spread(params_dot.bias",
+        "gradients",
+    ),
+    Mutation(
+        "padding moves with the mean",
+        "standardize.py",
+        "moved = without_padding(deviation_dot - spread(mean_dot, x, axes), x, weights)",
+        "moved = deviation_dot - spread(mean_dot, x, axes)",
+        "gradients",
+    ),
+    Mutation(
+        "weights have no derivative in the count",
+        "standardize.py",
+        "dot.square - near.var * dot.count",
+        "dot.square",
+        "gradients",
+    ),
+    Mutation(
+        "y keeps the precision of the statistics",
+        "standardize.py",
+        "return y.astype(x.dtype), origin, near",
+        "return y, origin, near",
+        "accuracy",
+    ),
+    # normalize.py
+    Mutation(
+        "ε is dropped",
+        "normalize.py",
+        "padded = var + jnp.asarray(epsilon, var.dtype)",
+        "padded = var + 0 * jnp.asarray(epsilon, var.dtype)",
+        "torch",
+    ),
+    Mutation(
+        "ε is added to the standard deviation",
+        "normalize.py",
+        "padded = var + jnp.asarray(epsilon, var.dtype)",
+        "padded = (jnp.sqrt(var) + jnp.asarray(epsilon, var.dtype)) ** 2",
+        "torch",
+    ),
+    Mutation(
+        "1/0 is not guarded",
+        "normalize.py",
+        "jnp.where(positive, lax.rsqrt(jnp.where(positive, padded, 1)), jnp.zeros_like(var))",
+        "lax.rsqrt(padded)",
+        "constant",
+    ),
+    Mutation(
+        "scale acts on bias too",
+        "normalize.py",
+        "y = centered * spread(multiplier, centered, axes)\n",
+        "y = centered * spread(multiplier, centered, axes)\n"
+        "    if params.bias is not None and params.scale is not None:\n"
+        "        return (y + spread(jnp.asarray(params.bias * params.scale, wide), y, axes))\n",
+        "torch",
+    ),
+    Mutation(
+        "evaluation rounds the state to x's dtype",
+        "normalize.py",
+        "spread(jnp.asarray(mean, wide), x, axes)",
+        "spread(jnp.asarray(mean, wide).astype(x.dtype).astype(wide), x, axes)",
+        "accuracy",
+    ),
+    Mutation(
+        "as_affine forgets to center",
+        "normalize.py",
+        "offset = -scale * jnp.asarray(state.mean, wide)",
+        "offset = 0 * scale",
+        "laws",
+    ),
+    Mutation(
+        "as_affine has the wrong sign",
+        "normalize.py",
+        "offset = -scale * jnp",
+        "offset = scale * jnp",
+        "laws",
+    ),
+    # averages.py
+    Mutation(
+        "the weights of past and batch are swapped",
+        "averages.py",
+        "kept.astype(wide) * past.astype(wide) + (1 - kept).astype(wide) * new.astype(wide)",
+        "(1 - kept).astype(wide) * past.astype(wide) + kept.astype(wide) * new.astype(wide)",
+        "averages",
+    ),
+    Mutation(
+        "biased for unbiased",
+        "averages.py",
+        "share(moments.count, moments.count - 1) * moments.var if unbiased else moments.var",
+        "moments.var",
+        "averages",
+    ),
+    Mutation(
+        "unbiased for biased",
+        "averages.py",
+        "* moments.var if unbiased else moments.var",
+        "* moments.var",
+        "averages",
+    ),
+    Mutation(
+        "the count is not guarded",
+        "averages.py",
+        "seen = moments.count > (1 if unbiased else 0)",
+        "seen = moments.count >= 0",
+        "state",
+    ),
+    Mutation(
+        "one value is enough for an unbiased variance",
+        "averages.py",
+        "(1 if unbiased else 0)",
+        "0",
+        "state",
+    ),
+    Mutation(
+        "means that are not finite enter",
+        "averages.py",
+        "good = seen & jnp.isfinite(mean) & jnp.isfinite(var)",
+        "good = seen & jnp.isfinite(var)",
+        "state",
+    ),
+    Mutation(
+        "variances that are not finite enter",
+        "averages.py",
+        "good = seen & jnp.isfinite(mean) & jnp.isfinite(var)",
+        "good = seen & jnp.isfinite(mean)",
+        "state",
+    ),
+    Mutation(
+        "one bad channel stops all",
+        "averages.py",
+        "good = seen & jnp.isfinite(mean) & jnp.isfinite(var)",
+        "good = seen & (jnp.isfinite(mean) & jnp.isfinite(var)).all()",
+        "state",
+    ),
+    Mutation(
+        "the count of a bad channel goes on",
+        "averages.py",
+        "state.count + good.astype(state.count.dtype)",
+        "state.count + jnp.ones_like(state.count)",
+        "state",
+    ),
+    Mutation(
+        "the state is mixed in the precision of the batch",
+        "averages.py",
+        "wide = statistics_dtype(past.dtype)",
+        "wide = new.dtype",
+        "state",
+    ),
+    Mutation(
+        "the average sees the count after the batch",
+        "averages.py",
+        "(state.count)\n",
+        "(state.count + 1)\n",
+        "averages",
+    ),
+    Mutation(
+        "1 - decayᵗ as such",
+        "averages.py",
+        "return self.decay * jnp.expm1(rate * seen) / jnp.expm1(rate * (seen + 1))",
+        "return self.decay * (1 - self.decay**seen) / (1 - self.decay ** (seen + 1))",
+        "averages",
+    ),
+    Mutation(
+        "the debiased average is off by one",
+        "averages.py",
+        "jnp.expm1(rate * seen) / jnp.expm1(rate * (seen + 1))",
+        "jnp.expm1(rate * (seen + 1)) / jnp.expm1(rate * (seen + 2))",
+        "averages",
+    ),
+    Mutation(
+        "decay 1 is not the plain average",
+        "averages.py",
+        "        if self.decay == 1:\n            return CumulativeAverage()(count)\n",
+        "        if self.decay == 1:\n            return 1.0\n",
+        "averages",
+    ),
+    Mutation(
+        "decay is not checked for NaN",
+        "averages.py",
+        "if not 0 <= decay <= 1:",
+        "if decay < 0 or decay > 1:",
+        "errors",
+    ),
+    # batch_norm.py
+    Mutation(
+        "training forgets unbiased",
+        "batch_norm.py",
+        "advance(state, moments, average, unbiased=unbiased)",
+        "advance(state, moments, average)",
+        "averages",
+    ),
+    Mutation(
+        "training ignores the average that is asked for",
+        "batch_norm.py",
+        "advance(state, moments, average, unbiased=unbiased)",
+        "advance(state, moments, DebiasedEma(0.99), unbiased=unbiased)",
+        "torch",
+    ),
+    Mutation(
+        "one value per member is an error even when pooled",
+        "batch_norm.py",
+        "if batch_size(x, axes) * members == 1:",
+        "if batch_size(x, axes) == 1:",
+        "state",
+    ),
+    Mutation(
+        "an empty batch is an error",
+        "batch_norm.py",
+        "if batch_size(x, axes) * members == 1:",
+        "if batch_size(x, axes) * members <= 1:",
+        "state",
+    ),
+    Mutation(
+        "evaluation by the batch",
+        "batch_norm.py",
+        "        if not train:\n            mean, var = state.mean, state.var\n",
+        "        if not train:\n            mean, var = state.mean, state.var * 0 + 1\n",
+        "laws",
+    ),
+    # axes.py
+    Mutation(
+        "features in the order they were named",
+        "axes.py",
+        "axes = tuple(sorted(axis % x.ndim for axis in named))",
+        "axes = tuple(axis % x.ndim for axis in named)",
+        "laws",
+    ),
+    Mutation(
+        "arrays of rank seven as they are",
+        "axes.py",
+        "if x.ndim < 7:",
+        "if x.ndim < 70:",
+        "state",
+    ),
+    Mutation(
+        "a negative weight of jax is taken",
+        "axes.py",
+        "if where.dtype != bool and known:",
+        "if where.dtype != bool and isinstance(where, np.ndarray):",
+        "errors",
+    ),
+    Mutation(
+        "where is not spread over x",
+        "axes.py",
+        "        where & jnp.ones_like(x, bool)\n",
+        "        where\n",
+        "laws",
+    ),
+    # dtypes.py
+    Mutation(
+        "statistics in half precision",
+        "dtypes.py",
+        "return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)",
+        "return jnp.dtype(dtype)",
+        "accuracy",
+    ),
+]
+
+# Mutations that change nothing that can be seen, and why.
+EQUIVALENT = {
+    "moments.py: no stop_gradient in origin_of": "moments do not depend on the origin, so the "
+    "derivatives through it cancel; stopping them only saves the work",
+    "averages.py: no stop_gradient in advance": "in `batch_norm` no gradient reaches the moments "
+    "(standardize); on its own it is seen, by test_gradients",
+    "standardize.py: no jax.checkpoint": "what is kept for the backward pass is memory, not values",
+}
+
+
+def apply(mutation: Mutation, package: Path) -> None:
+    """Replace the text, which must be there exactly once."""
+    path = package / "core" / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise SystemExit(
+            f"stale: {mutation.name!r} finds its text {text.count(mutation.old)} times"
+        )
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def passes(tree: Path, tests: list[str]) -> bool:
+    """Whether the tests pass on the copy; a crash of the interpreter does not."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    return not subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether no test notices."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in "bn_jax", "tests", "pyproject.toml":
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tree / name)
+        apply(mutation, tree / "bn_jax")
+        first = f"tests/core/test_{mutation.noticed_by}.py"
+        return passes(tree, [first]) and passes(tree, ["tests/core"])
+
+
+def main(words: list[str]) -> int:
+    """Run those that are asked for; the exit status is the number of survivors."""
+    chosen = [m for m in MUTATIONS if not words or any(w in m.name + m.file for w in words)]
+    for mutation in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(ROOT / "bn_jax", Path(folder) / "bn_jax")
+            apply(mutation, Path(folder) / "bn_jax")
+    survivors = 0
+    for mutation in chosen:
+        survived = survives(mutation)
+        survivors += survived
+        print(
+            f"{'SURVIVES' if survived else 'caught'}  {mutation.file}: {mutation.name}", flush=True
+        )
+    print(f"{survivors} of {len(chosen)} survive; {len(EQUIVALENT)} are known to change nothing")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
