@@ -33,7 +33,7 @@ def assert_states_equal(a, b, channels=slice(None)):
 # Batches with nothing, or nothing good, in them.
 
 
-@each_average
+@pytest.mark.parametrize("average", [bn.DebiasedEma(0.9), bn.Ema(0)], ids=repr)
 @pytest.mark.parametrize(
     ("x", "where"),
     [
