@@ -1,4 +1,4 @@
-"""The command line: `bn-jax train`, `bn-jax evaluate`, also as `python -m bn_jax`.
+"""The command line: `bn-jax train`, `evaluate` and `bench`, also as `python -m bn_jax`.
 
 A command is a function; its arguments, types and docstring are its flags and its help.
 """
@@ -6,7 +6,7 @@ A command is a function; its arguments, types and docstring are its flags and it
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     import tyro
@@ -63,6 +63,38 @@ def evaluate(run: tyro.conf.Positional[Path], data_dir: Path | None = None) -> N
     for arm, row in evaluate_run(RunFolder(run), data_dir).items():
         table.add_row(TITLES[arm], f"{row['step']:,}", f"{row['test_accuracy']:.4f}")
     stdout.print(table)
+
+
+@app.command
+def bench(
+    suite: Literal["all", "layer", "train-step", "accuracy", "memory", "compile"] = "all",
+    turns: int = 15,
+    output_dir: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Measure speed, accuracy and memory against the peers that are installed.
+
+    Prints tables with bars, and leaves bench.json and plots in a folder. Exits with 1 where our
+    accuracy falls short of its bars.
+
+    Args:
+        suite: What to measure: one layer's time, a training step's, errors against float64,
+            memory for the backward pass, compile time.
+        turns: How many times each contender's turn comes, where time is measured.
+        output_dir: Where to leave the results; by default bench-<date and time> under runs.
+        data_dir: A folder with MNIST's files, for train-step.
+    """
+    from datetime import datetime
+
+    from bn_jax.bench.suites import SUITES, quiet_process, run_suites
+
+    if turns < 2:
+        raise ValueError(f"--turns {turns}: must be at least 2, for quartiles")
+    quiet_process()
+    folder = output_dir or Path("runs") / f"bench-{datetime.now():%Y-%m-%d-%H%M%S}"
+    suites = SUITES if suite == "all" else (suite,)
+    if not run_suites(suites, turns=turns, data_dir=data_dir, folder=folder, console=stdout):
+        raise SystemExit(1)
 
 
 def choose_device(device: str) -> None:

@@ -43,14 +43,18 @@ class Timing(NamedTuple):
 def interleave(contenders: Contenders, *, reference: str, turns: int = 15) -> dict[str, Timing]:
     """Time functions that block until their work is done, after one turn that does not count.
 
+    Who begins rotates from turn to turn; who follows whom does not.
+
     Args:
         contenders: by name.
         reference: the name that ratios are relative to.
         turns: that count, of every contender; at least 2.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders.items())
     for turn in range(turns + 1):
-        for name, run in contenders.items():
+        order.append(order.pop(0))
+        for name, run in order:
             begun = time.perf_counter()
             run()
             if turn:

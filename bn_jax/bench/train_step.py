@@ -1,6 +1,6 @@
 """Steps per second of the training loop, against the loop that Flax users write.
 
-Run it with: python -m bn_jax.bench.train_step
+Run it with: bn-jax bench --suite train-step
 
 Both loops train the paper's network (3 hidden layers of 100 sigmoids, batch norm before each) on
 MNIST by SGD in batches of 60, and compute the same. Ours runs chunks of steps under `lax.scan` on
@@ -12,22 +12,21 @@ Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, optax 
 the network without batch norm takes 357, of which about 300 are its matrix products.
 """
 
-import argparse
 import functools
-import os
-import platform
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 from rich.table import Table
 
 from bn_jax.bench.interleave import Timing, interleave
+from bn_jax.bench.report import Bar, Report
 from bn_jax.data import Dataset, load
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
@@ -35,7 +34,7 @@ from bn_jax.train.loop import run_chunk
 from bn_jax.train.models import MLP
 from bn_jax.train.step import init_state, make_train_step
 
-OURS, THEIRS = "bn_jax, scanned", "flax, step by step"
+OURS, THEIRS, TORCH = "bn_jax, scanned", "flax, step by step", "torch, eager"
 
 
 def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
@@ -91,37 +90,75 @@ def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[],
     return run
 
 
+def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
+    """The same in torch, as its users write it."""
+    import torch
+
+    layers, width = [torch.nn.Flatten()], data.train_images[0].size
+    for hidden in config.hidden:
+        linear = torch.nn.Linear(width, hidden, bias=False)
+        torch.nn.init.normal_(linear.weight, std=config.init_std)
+        layers += [linear, torch.nn.BatchNorm1d(hidden, momentum=0.01), torch.nn.Sigmoid()]
+        width = hidden
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+    images = torch.from_numpy(np.asarray(data.train_images))
+    labels = torch.from_numpy(data.train_labels.astype(np.int64))
+
+    def run() -> None:
+        order = torch.randperm(len(images))
+        for start in range(0, steps * config.batch_size, config.batch_size):
+            rows = order[start : start + config.batch_size]
+            optimizer.zero_grad()
+            inputs = (images[rows] > 127).to(torch.float32)
+            torch.nn.functional.cross_entropy(model(inputs), labels[rows]).backward()
+            optimizer.step()
+
+    return run
+
+
 def measure(data: Dataset, *, steps: int, turns: int) -> dict[str, Timing]:
-    """Time both loops in turns of some steps, at most an epoch."""
+    """Time the loops in turns of some steps, at most an epoch."""
     config = TrainConfig()
-    contenders = {
-        OURS: scanned(config, data, steps),
-        THEIRS: step_by_step(config, data, steps),
-    }
+    loops = {OURS: scanned, THEIRS: step_by_step}
+    if importlib.util.find_spec("torch"):
+        loops[TORCH] = torch_eager
+    contenders = {name: loop(config, data, steps) for name, loop in loops.items()}
     return interleave(contenders, reference=OURS, turns=turns)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time our training loop against the usual one.")
-    parser.add_argument("--steps", type=int, default=1000, help="steps per turn (default: 1000)")
-    parser.add_argument("--turns", type=int, default=15, help="turns of each (default: 15)")
-    arguments = parser.parse_args()
-    timings = measure(load(), steps=arguments.steps, turns=arguments.turns)
-    table = Table(
-        title=f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; "
-        f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
-        title_justify="left",
-    )
+def run(*, turns: int = 15, steps: int = 1000, data_dir: Path | None = None) -> Report:
+    """Time the loops on MNIST."""
+    timings = measure(load(data_dir=data_dir), steps=steps, turns=turns)
+    rows = [
+        {
+            "contender": name,
+            "microseconds": timing.median / steps * 1e6,
+            "ratio": timing.ratio,
+            "quartiles": list(timing.spread),
+        }
+        for name, timing in timings.items()
+    ]
+    return Report("train-step", rows, [table(rows)], bars(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Loops down."""
+    result = Table(title="The paper's network on MNIST, batches of 60", title_justify="left")
     for heading in ("loop", "µs per step", "steps/s", "times as long", "quartiles"):
-        table.add_column(heading, justify="left" if heading == "loop" else "right")
-    for name, timing in timings.items():
-        first, third = timing.spread
-        step = timing.median / arguments.steps
-        figures = (f"{step * 1e6:,.0f}", f"{1 / step:,.0f}", f"{timing.ratio:.2f}")
-        table.add_row(name, *figures, f"{first:.2f} – {third:.2f}")
-    Console().print(table)
+        result.add_column(heading, justify="left" if heading == "loop" else "right")
+    for r in rows:
+        first, third = r["quartiles"]
+        figures = (f"{r['microseconds']:,.0f}", f"{1e6 / r['microseconds']:,.0f}")
+        result.add_row(r["contender"], *figures, f"{r['ratio']:.2f}", f"{first:.2f}–{third:.2f}")
+    return result
 
 
-if __name__ == "__main__":
-    main()
+def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    """What the loop is to reach."""
+    bounds = {THEIRS: 1.3, TORCH: 2.0}
+    return [
+        Bar(f"{name} / {OURS}", r["ratio"], bounds[name], at_least=True)
+        for r in rows
+        if (name := r["contender"]) in bounds
+    ]

@@ -13,11 +13,13 @@ x - origin are small numbers, and x - origin itself is exact for the values near
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
+from bn_jax.core.apart import apart
 from bn_jax.core.axes import (
     Axes,
     batch_axes,
@@ -98,7 +100,7 @@ def measure(
     x, axes = collapse(x, axes)
     weights = None if weights is None else weights.reshape(x.shape)
     origin = origin_of(x, axes, weights)
-    moments = shift(moments_of(add_up(center(x, origin, axes), axes, weights)), origin)
+    moments = shift(moments_of(add_up(x, origin, axes, weights)), origin)
     return Moments(*(part.reshape(features) for part in moments))
 
 
@@ -161,7 +163,7 @@ def pool(moments: Moments, axis_name: AxisName) -> Moments:
 def origin_of(
     x: Array, axes: Axes, weights: Array | None, axis_name: AxisName | None = None
 ) -> Array:
-    """A point per feature near the mean: the mean as a plain sum gives it, rounded as it may be.
+    """A point per feature near the mean: a plain sum's of a pilot, or weighted, of all values.
 
     A constant: moments do not depend on the origin, so no derivative of any order flows through.
     A constant feature differs from its origin by a few units in the last place; sums of those are
@@ -171,12 +173,33 @@ def origin_of(
     With axis_name, all members get the same origin.
     """
     x, weights = lax.stop_gradient((x, weights))
-    origin = jnp.zeros(feature_shape(x, axes), statistics_dtype(x.dtype))
-    count = jnp.zeros_like(origin, real_dtype(origin.dtype))
-    for _ in range(1 if weights is None or weights.dtype == bool else 2):
-        near = moments_of(add_up(center(x, origin, axes), axes, weights))
-        origin, count = shift(near, origin).mean, near.count
+    ((x,),) = apart((x,), 1)
+    if weights is None:
+        x = pilot(x, axes)
+    count = count_of(x, axes, weights)
+
+    def mean(values: Array) -> Array:
+        return share(add_over(weigh(keep(values, weights), weights), batch_axes(x, axes)), count)
+
+    origin = mean(x.astype(statistics_dtype(x.dtype)))
+    if weights is not None and weights.dtype != bool:
+        origin = origin + mean(center(x, origin, axes))
     return origin if axis_name is None else shared_origin(origin, count, axis_name)
+
+
+def pilot(x: Array, axes: Axes) -> Array:
+    """A part of each example, a sixteenth or more, whose mean is an origin near enough.
+
+    The mean s of one of f equal parts of the values is at most √(f - 1) standard deviations from
+    the mean of all (Cauchy-Schwarz: whatever draws s away widens σ too), so E|x - s|² ≤ f σ², and
+    of its digits at most log₂ 16 = 4 bits go to the origin. Where examples have no extent, all
+    count: to take some of them would move data between the devices that a batch is spread over.
+    """
+    spec = jax.typeof(x).sharding.spec
+    for axis in batch_axes(x, axes)[1:]:
+        if x.shape[axis] > 1 and spec[axis] is None:
+            return lax.slice_in_dim(x, 0, -(-x.shape[axis] // 16), axis=axis)
+    return x
 
 
 def shared_origin(origin: Array, count: Array, axis_name: AxisName) -> Array:
@@ -199,33 +222,49 @@ def without_padding(values: Array, x: Array, weights: Array | None) -> Array:
 
 
 def add_up(
-    centered: Array, axes: Axes, weights: Array | None, axis_name: AxisName | None = None
+    x: Array, origin: Array, axes: Axes, weights: Array | None, axis_name: AxisName | None = None
 ) -> Sums:
-    """The sums from which moments are made, in one pass; over a named axis in one collective."""
-    reduced, real = batch_axes(centered, axes), real_dtype(centered.dtype)
-    if weights is None:
-        count = jnp.full(feature_shape(centered, axes), batch_size(centered, axes), real)
-        sums = Sums(add_over(centered, reduced), add_over(square(centered), reduced), count)
-    else:
-        kept = jnp.where(counts(weights), centered, jnp.zeros_like(centered))
-        weights = weights.astype(real)
-        sums = Sums(
-            add_over(weights.astype(kept.dtype) * kept, reduced),
-            add_over(weights * square(kept), reduced),
-            add_over(weights, reduced),
-        )
+    """The sums from which moments of x - origin are made; over a named axis in one collective."""
+    first, second = (keep(center(*copy, axes), weights) for copy in apart((x, origin), 2))
+    reduced = batch_axes(x, axes)
+    sums = Sums(
+        add_over(weigh(first, weights), reduced),
+        add_over(weigh(square(second), weights), reduced),
+        count_of(x, axes, weights),
+    )
     return sums if axis_name is None else lax.psum(sums, axis_name)
 
 
-def add_over(values: Array, axes: Axes) -> Array:
-    """Sum over the inner axes, then over the outermost.
+def keep(values: Array, weights: Array | None) -> Array:
+    """Values, and 0 where they weigh nothing."""
+    return values if weights is None else jnp.where(counts(weights), values, jnp.zeros_like(values))
 
-    The CPU of jaxlib 0.8, and of later ones for small arrays, adds several axes up one number after
-    the other, which loses digits. The barrier keeps XLA from making one sum of the two.
+
+def weigh(kept: Array, weights: Array | None) -> Array:
+    """Kept values times their weights."""
+    if weights is None or weights.dtype == bool:
+        return kept
+    return weights.astype(kept.dtype) * kept
+
+
+def count_of(x: Array, axes: Axes, weights: Array | None) -> Array:
+    """Per feature, the number of values or the sum of their weights."""
+    real = real_dtype(statistics_dtype(x.dtype))
+    if weights is None:
+        return jnp.full(feature_shape(x, axes), batch_size(x, axes), real)
+    return add_over(weights.astype(real), batch_axes(x, axes))
+
+
+def add_over(values: Array, axes: Axes) -> Array:
+    """Sum over all axes at once, or over the inner ones first where XLA's CPU is careless.
+
+    It adds up several axes one number after the other, which loses digits: always before jaxlib
+    0.10, and of small arrays since. The barrier keeps XLA from making one sum of the two.
     """
-    if len(axes) > 1:
-        values = lax.optimization_barrier(jnp.sum(values, axes[1:]))
-    return jnp.sum(values, axes[:1])
+    careless = values.size < 2**13 or jax.__version_info__ < (0, 10)
+    if careless and len(axes) > 1:
+        values, axes = lax.optimization_barrier(jnp.sum(values, axes[1:])), axes[:1]
+    return jnp.sum(values, axes)
 
 
 def moments_of(sums: Sums) -> Moments:

@@ -27,17 +27,18 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from bn_jax.core.apart import apart
 from bn_jax.core.axes import Axes, spread
 from bn_jax.core.moments import (
     AxisName,
     Moments,
-    Sums,
     add_up,
     center,
     moments_of,
     origin_of,
     share,
     shift,
+    square,
     without_padding,
 )
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
@@ -71,8 +72,8 @@ def forward(
     rounded at the size of the mean.
     """
     origin = origin_of(x, axes, weights, axis_name)
-    near = moments_of(add_up(center(x, origin, axes), axes, weights, axis_name))
-    deviation = deviations(x, origin, near, axes, weights)
+    near = moments_of(add_up(x, origin, axes, weights, axis_name))
+    deviation = without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
     y = transform(deviation, inverse_std(near.var, epsilon), params, axes)
     return y.astype(x.dtype), origin, near
 
@@ -107,48 +108,43 @@ def push_forward(
     """ẏ in x's dtype; ẋ and the tangent of the weights may be None for zero."""
     (x, params, epsilon, weights), (x_dot, params_dot, epsilon_dot, weights_dot) = primals, dots
     wide = origin.dtype
+    (x, origin, mean), (again, origin_again, _) = apart((x, origin, near.mean), 2)
     r = inverse_std(near.var, epsilon)
     scale = jnp.ones_like(origin) if params.scale is None else params.scale.astype(wide)
-    mean_dot, var_dot = jnp.zeros_like(near.mean), jnp.zeros_like(near.var)
+    mean_dot, var_dot = jnp.zeros_like(mean), jnp.zeros_like(near.var)
 
-    if x_dot is None and weights_dot is None:
-        deviation, deviation_dot = deviations(x, origin, near, axes, weights), None
-    else:
-        # About the mean, μ̇ and (σ²)˙ are the tangents of the sums themselves, over m.
-        def about_mean(x: Array, weights: Array | None) -> tuple[Array, Sums]:
-            deviation = deviations(x, origin, near, axes, weights)
-            return deviation, add_up(deviation, axes, weights, axis_name)
-
-        if x_dot is None:
-            x_dot = jnp.zeros_like(x)
+    if x_dot is not None or weights_dot is not None:
+        # Widened once, so that what is transposed is summed in full precision and rounded once.
+        x_dot = jnp.zeros(x.shape, wide) if x_dot is None else x_dot.astype(wide)
+        at, along = (again.astype(wide), weights), (x_dot, weights_dot)
         if weights_dot is None:
-            about, at, along = lambda x: about_mean(x, weights), (x,), (x_dot,)
-        else:
-            about, at, along = about_mean, (x, weights), (x_dot, weights_dot)
-        (deviation, _), (deviation_dot, dot) = jax.jvp(about, at, along)
+            at, along = at[:1], along[:1]
+        _, dot = jax.jvp(
+            lambda x, w=weights: add_up(x, origin_again, axes, w, axis_name), at, along
+        )
+        # With d = x - origin, μ = origin + E[d] and σ² = E|d|² - |E[d]|².
         each = share(jnp.ones_like(near.count), near.count)
-        mean_dot = each.astype(wide) * dot.total
-        var_dot = each * (dot.square - near.var * dot.count)
+        mean_dot = each.astype(wide) * (dot.total - mean * dot.count.astype(wide))
+        square_dot = each * (dot.square - (near.var + square(mean)) * dot.count)
+        var_dot = square_dot - 2 * jnp.real(jnp.conj(mean) * mean_dot)
 
     # Factor by factor: r³ itself leaves float32's range where the spread is beyond 1e±13.
     r_dot = -0.5 * (r * (r * (r * (var_dot + epsilon_dot))))
     r, r_dot = r.astype(wide), r_dot.astype(wide)
-    slope = scale * r_dot
+    slope, gain = scale * r_dot, scale * r
     if params_dot.scale is not None:
         slope = slope + params_dot.scale.astype(wide) * r
-    y_dot = deviation * spread(slope, x, axes)
+
+    # Products with μ are taken per feature, so that they transpose into the sum that β̇ does: of g.
+    y_dot = without_padding(center(x, origin, axes), x, weights) * spread(slope, x, axes)
+    if x_dot is not None:
+        y_dot = y_dot + x_dot * spread(gain, x, axes)
+    # Padding stays at the mean when the mean moves.
+    y_dot = y_dot - spread(mean * slope + gain * mean_dot, x, axes)
+    y_dot = without_padding(y_dot, x, weights)
     if params_dot.bias is not None:
         y_dot = y_dot + spread(params_dot.bias.astype(wide), x, axes)
-    if deviation_dot is not None:
-        # Padding stays at the mean when the mean moves.
-        moved = without_padding(deviation_dot - spread(mean_dot, x, axes), x, weights)
-        y_dot = y_dot + moved * spread(scale * r, x, axes)
     return y_dot.astype(x.dtype)
-
-
-def deviations(x: Array, origin: Array, near: Moments, axes: Axes, weights: Array | None) -> Array:
-    """X - μ, by way of the origin; 0 for padding."""
-    return without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
 
 
 def is_zero(tangent: Any) -> bool:

@@ -1,24 +1,6 @@
 """The accuracy bars, for the public default under jit, against float64 on the same inputs.
 
-x ~ N(R, 1) per channel, ε = 1e-5, dy ~ N(0, 1). The bars:
-
-    variance, relative                                1e-6, and 1e-5 at R = 1e5
-    y at γ = 1, absolute                              5e-6, and 1e-5
-    dx, relative to max |dx|                          2e-6, and 1e-5
-    dγ, dβ, relative to Σ|dy·x̂|, Σ|dy|                2e-6
-    mean                                              2 ulp
-
-Two of them cannot be met as they stand, by anything that computes in float32:
-
-- dx relative to max |dx| at m = 2 and 3. dx = γr·P(dy), where P removes the components of dy along
-  1 and x̂. With m = 2 these span everything: dx is what ε leaves, γ r dy ε/(σ² + ε), the
-  difference of terms 10⁵ times larger, and so has 5 digits less. With m = 3 one direction is left,
-  and dy can be as nearly orthogonal to it as it likes. The size against which rounding is measured
-  is that of the terms, γ r (|dy| + |E dy| + |x̂ E[dy·x̂]|); tested for all m, and max |dx| from
-  m = 5 on.
-- 2 ulp of a mean that is near zero. A mean of m values is at best the rounded sum of rounded
-  deviations from an origin, off by u times their size, σ, however small the mean itself is. Tested
-  is 2 ulp of max(|μ|, σ); for R ≥ 100 that is the mean's own ulp.
+bn_jax/bench/accuracy.py lists them and says how errors are measured.
 """
 
 import functools
@@ -29,7 +11,9 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from tests.core import oracle
+from bn_jax.bench import oracle
+from bn_jax.bench.accuracy import errors, nominal_bars, normal, ulp
+from bn_jax.bench.peers import Outcome
 
 OFFSETS = [0.0, 1e2, 1e4, 1e5]
 
@@ -58,40 +42,16 @@ def step(x, dy, where=None, epsilon=1e-5):
 
 def assert_bars(x, dy, outcome, offset, where=None, epsilon=1e-5):
     y, state, dx, (dscale, dbias) = outcome
-    bars = (1e-6, 5e-6, 2e-6) if offset <= 1e4 else (1e-5, 1e-5, 1e-5)
-    truth = oracle.forward(x, epsilon=epsilon, weights=where)
-    true_dx, true_dscale, true_dbias = oracle.backward(x, dy, epsilon=epsilon, weights=where)
-    dy = np.asarray(dy, np.float64)
-
-    std = np.sqrt(truth.var)
-    assert_within(state.mean, truth.mean, 2 * ulp(np.maximum(np.abs(truth.mean), std)))
-    assert_within(state.var, truth.var, bars[0] * truth.var)
-    # Beyond ten standard deviations, where no normal x is, y is rounded at its own size.
-    assert_within(y, truth.y, np.maximum(bars[1], 8 * oracle.U * np.abs(truth.y)))
-    along = (np.abs(true_dbias) + np.abs(truth.normalized * true_dscale)) / truth.count
-    terms = truth.inverse_std * (np.abs(dy) + along)
-    assert_within(dx, true_dx, bars[2] * terms.max(0))
-    if len(x) >= 5:
-        assert_within(dx, true_dx, bars[2] * np.abs(true_dx).max(0))
-    assert_within(dscale, true_dscale, 2e-6 * np.abs(dy * truth.normalized).sum(0))
-    assert_within(dbias, true_dbias, 2e-6 * np.abs(dy).sum(0))
+    found = Outcome(y, dx, dscale, dbias, state.mean, state.var)
+    truth = oracle.step(x, dy, epsilon=epsilon, weights=where)
+    for quantity, error in errors(found, truth, dy, offset).items():
+        assert error <= nominal_bars(offset)[quantity], quantity
 
 
 def assert_within(actual, expected, bound):
     """The largest error in units of its bound is at most one."""
     error = np.abs(np.asarray(actual, np.float64) - expected)
     assert (error / np.maximum(bound, np.finfo(float).tiny)).max() <= 1
-
-
-def ulp(x):
-    """The distance between neighbouring float32 numbers at x."""
-    return np.spacing(np.asarray(x, np.float32)).astype(np.float64)
-
-
-def normal(m, channels, offset=0.0, seed=0):
-    random = np.random.default_rng([m, channels, seed])
-    x, dy = random.standard_normal((2, m, channels))
-    return (x + offset).astype(np.float32), dy.astype(np.float32)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

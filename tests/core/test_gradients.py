@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from tests.core import oracle
+from bn_jax.bench import oracle
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_to_compile")
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bn_jax as bn
-from tests.core import oracle
+from bn_jax.bench import oracle
 from tests.core.draws import anything, batches, few, laws, normals, permutations
 
 M, C = 12, 3
@@ -52,19 +52,24 @@ evaluate = jax.jit(lambda x, state: bn.batch_norm(x, PARAMS, state, train=False)
 def assert_same_step(a, b, dy):
     """Two steps agree in y, state and all gradients (of dy), up to rounding.
 
-    The gradient of x is the difference of terms as large as γ r dy, so that is its measure: where
-    dy happens to be nearly in line with x, dx itself can be as small as one likes.
+    The gradient of x is the difference of the terms γ r dy, γ r E dy and γ r x̂ E[dy·x̂], so they are
+    its measure: where dy happens to be nearly in line with x, dx itself can be as small as one
+    likes. Masked-out values may lie far from the mean, and are then rounded at their own size.
     """
     (ya, sa, dxa, dpa), (yb, sb, dxb, dpb) = a, b
-    np.testing.assert_allclose(ya, yb, rtol=0, atol=2 * 1.5 * BAR)  # |γ| ≤ 1.5, two sides
+    np.testing.assert_allclose(ya, yb, rtol=8 * oracle.U, atol=2 * 1.5 * BAR)  # |γ| ≤ 1.5, 2 sides
     size = np.abs(sb.mean) + np.sqrt(sb.var)
     assert (np.abs(sa.mean - sb.mean) <= 8 * oracle.U * size).all()
     np.testing.assert_allclose(sa.var, sb.var, rtol=2e-6, atol=1e-37)
     np.testing.assert_array_equal(sa.count, sb.count)
-    size = np.abs(PARAMS.scale) * np.abs(dy).max(0) / np.sqrt(sb.var + 1e-5)
+    yb, dy, scale, bias = map(np.asarray, (yb, dy, PARAMS.scale, PARAMS.bias))
+    normalized = np.abs(yb - bias) / np.abs(scale)
+    along = np.abs(dy).sum(0), (np.abs(dy) * normalized).sum(0)
+    terms = np.abs(dy) + (along[0] + normalized * along[1]) / M
+    size = np.abs(scale) / np.sqrt(np.asarray(sb.var) + 1e-5) * terms.max(0)
     assert (np.abs(dxa - dxb) <= 4e-6 * size).all()
-    for da, db in zip(dpa, dpb, strict=True):
-        np.testing.assert_allclose(da, db, rtol=0, atol=4e-6 * M * np.sqrt(M))
+    for da, db, sum_of in zip(dpa, dpb, along[::-1], strict=True):
+        np.testing.assert_array_less(np.abs(da - db), 4e-6 * (sum_of + M))
 
 
 @laws
@@ -76,7 +81,7 @@ def test_masked_is_removed(x, dy, order, padding, full):
     padded = jnp.where(mask[:, None], x, padding)
     where = jnp.broadcast_to(mask[:, None], (M, C)) if full else jnp.asarray(mask)
     y, state, dx, dparams = step(padded, dy, where)
-    assert_same_step((y[kept], state, dx[kept], dparams), step(x[kept], dy[kept]), dy)
+    assert_same_step((y[kept], state, dx[kept], dparams), step(x[kept], dy[kept]), dy[kept])
     assert np.isfinite(y).all()
     if not np.isfinite(padding):
         np.testing.assert_array_equal(dx[~mask], 0)
@@ -92,7 +97,7 @@ def test_each_feature_may_have_a_mask_of_its_own(x, dy, keys):
     y, state, dx, dparams = step(jnp.where(mask, x, jnp.nan), dy, jnp.asarray(mask))
     pick = partial(np.take_along_axis, indices=kept, axis=0)
     removed = step(pick(x), pick(dy))
-    assert_same_step((pick(np.asarray(y)), state, pick(np.asarray(dx)), dparams), removed, dy)
+    assert_same_step((pick(np.asarray(y)), state, pick(np.asarray(dx)), dparams), removed, pick(dy))
 
 
 @laws
@@ -110,7 +115,7 @@ def test_a_weight_of_k_is_the_value_repeated_k_times(x, dy, order):
     wy, wstate, wdx, wdparams = weighted
     first = np.flatnonzero(np.diff(copies, prepend=-1))
     repeated = y[first], state, add_up(np.asarray(dx)), dparams
-    assert_same_step((wy[there], wstate, wdx[there], wdparams), repeated, summed)
+    assert_same_step((wy[there], wstate, wdx[there], wdparams), repeated, summed[there])
 
 
 @laws
@@ -174,7 +179,7 @@ def test_negating_x_negates_its_normalized_value(x, dy):
 def test_the_order_of_the_batch_does_not_matter(x, dy, order):
     y, state, dx, dparams = step(x, dy)
     moved = step(x[order], dy[order])
-    assert_same_step(moved, (y[order], state, dx[order], dparams), dy)
+    assert_same_step(moved, (y[order], state, dx[order], dparams), dy[order])
     np.testing.assert_allclose(moved[0], y[order], rtol=0, atol=8 * 2**-23 * np.abs(y).max())
 
 

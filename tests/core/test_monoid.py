@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 import bn_jax as bn
-from tests.core import oracle
+from bn_jax.bench import oracle
 from tests.core.draws import batches, labels, laws
 
 M, C = 24, 3

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bn_jax as bn
-from tests.core import oracle
+from bn_jax.bench import oracle
 
 M, C = 8, 3
 RANDOM = np.random.default_rng(0)

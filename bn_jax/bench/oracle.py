@@ -55,6 +55,27 @@ def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
     return dx, dscale.squeeze(batch), dbias.squeeze(batch)
 
 
+class Step(NamedTuple):
+    """All that a training step computes, at γ = 1 and β = 0."""
+
+    y: np.ndarray
+    dx: np.ndarray
+    dscale: np.ndarray
+    dbias: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    count: np.ndarray
+    normalized: np.ndarray
+    inverse_std: np.ndarray
+
+
+def step(x, dy, *, epsilon=1e-5, weights=None):
+    """Forward and backward."""
+    f = forward(x, epsilon=epsilon, weights=weights)
+    gradients = backward(x, dy, epsilon=epsilon, weights=weights)
+    return Step(f.y, *gradients, f.mean, f.var, f.count, f.normalized, f.inverse_std)
+
+
 def wide(x):
     """In double precision."""
     x = np.asarray(x)

@@ -1,0 +1,155 @@
+"""One layer's forward and backward pass, and its inference, against the peers and the memory.
+
+Each contender is one call that returns y, the new state and all gradients. The floor is what a
+kernel that only waits for memory would take: 8 traversals of x's size (forward 2 reads and a write,
+backward 4 reads and a write) at the speed of a copy measured in the same turns.
+
+Run it with: bn-jax bench --suite layer
+
+LAST_RESULT
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from bn_jax.bench.interleave import Timing, interleave
+from bn_jax.bench.peers import OURS, PEERS
+from bn_jax.bench.report import Bar, Report
+
+SHAPES = ((60, 100), (1024, 1024), (128, 28, 28, 32), (32, 14, 14, 256), (64, 56, 56, 64))
+DTYPES = ("float32", "bfloat16")
+COPY = "copy"
+TRAVERSALS = 8
+
+
+def run(
+    peers: Sequence[str],
+    *,
+    turns: int = 15,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtypes: Sequence[str] = DTYPES,
+) -> Report:
+    """Time all peers at all shapes."""
+    rows = []
+    for dtype in dtypes:
+        for shape in shapes:
+            for what, timings in measure(peers, shape, dtype, turns).items():
+                rows += [row(what, dtype, shape, name, t) for name, t in timings.items()]
+    tables = [table(rows, what, dtype) for what in ("step", "infer") for dtype in dtypes]
+    return Report("layer", rows, tables, bars(rows))
+
+
+def measure(
+    peers: Sequence[str], shape: tuple[int, ...], dtype: str, turns: int
+) -> dict[str, dict[str, Timing]]:
+    """The timings of a step and of inference, per call, of each peer and of a copy."""
+    generator = np.random.default_rng(0)
+    x, dy = (generator.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    layers = {name: PEERS[name](x, dy, dtype) for name in peers}
+    batch, negate = jnp.asarray(x).astype(dtype), jax.jit(jnp.negative)
+    copy = lambda: jax.block_until_ready(negate(batch))  # noqa: E731
+    # Short calls are repeated, so that a turn takes milliseconds.
+    repeats = max(1, 2**20 // x.size)
+    result = {}
+    for what in ("step", "infer"):
+        calls = {name: getattr(layer, what) for name, layer in layers.items()} | {COPY: copy}
+        contenders = {name: repeated(call, repeats) for name, call in calls.items()}
+        timings = interleave(contenders, reference=OURS, turns=turns)
+        result[what] = {
+            name: timing._replace(seconds=[s / repeats for s in timing.seconds])
+            for name, timing in timings.items()
+        }
+    return result
+
+
+def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """A function that calls some times over."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
+def row(what: str, dtype: str, shape: tuple[int, ...], name: str, timing: Timing) -> dict[str, Any]:
+    """One figure: the median time, and how many times ours it is."""
+    first, third = timing.spread
+    return {
+        "what": what,
+        "dtype": dtype,
+        "shape": list(shape),
+        "contender": name,
+        "microseconds": timing.median * 1e6,
+        "ratio": timing.ratio,
+        "quartiles": [first, third],
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], what: str, dtype: str) -> Table:
+    """Shapes down, contenders across: how many times as long as ours."""
+    chosen = [r for r in rows if (r["what"], r["dtype"]) == (what, dtype)]
+    names = list(dict.fromkeys(r["contender"] for r in chosen))
+    title = {"step": "Forward and backward", "infer": "Inference"}[what]
+    result = Table(
+        title=f"{title}, {dtype}: {OURS} in µs, the others in multiples of it (quartiles)",
+        title_justify="left",
+    )
+    for heading in ("shape", *names, *(("floor",) if what == "step" else ())):
+        result.add_column(heading, justify="left" if heading == "shape" else "right")
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in chosen):
+        here = {r["contender"]: r for r in chosen if tuple(r["shape"]) == shape}
+        cells = [
+            f"{r['microseconds']:,.0f}"
+            if name == OURS
+            else f"{r['ratio']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})"
+            for name, r in here.items()
+        ]
+        if what == "step":
+            cells.append(f"{TRAVERSALS / 2 * here[COPY]['ratio']:.2f}")
+        result.add_row(str(shape), *cells)
+    return result
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    """What this layer is to reach; of the small shape nothing is asked."""
+    ratios: dict[tuple[str, str, str], dict[tuple[int, ...], float]] = {}
+    for r in rows:
+        if math.prod(r["shape"]) > 10_000:
+            key = (r["what"], r["dtype"], r["contender"])
+            ratios.setdefault(key, {})[tuple(r["shape"])] = r["ratio"]
+    result = []
+    for name, bound in {
+        "flax": 1.2,
+        "flax accurate": 1.4,
+        "haiku": 1.4,
+        "equinox": 1.4,
+        "torch": 1.0,
+    }.items():
+        if values := ratios.get(("step", "float32", name)):
+            what = f"float32, {name} / {OURS}, geometric mean of {len(values)} shapes"
+            result.append(Bar(what, geometric_mean(values.values()), bound, True))
+    if values := ratios.get(("step", "float32", "flax")):
+        result.append(Bar(f"float32, flax / {OURS}, worst shape", min(values.values()), 0.95, True))
+    if values := ratios.get(("step", "bfloat16", "flax")):
+        what = f"bfloat16, flax / {OURS}, geometric mean of {len(values)} shapes"
+        result.append(Bar(what, geometric_mean(values.values()), 1.0, True))
+    for what, traversals, bound in (("step", TRAVERSALS, 1.3), ("infer", 2, 1.1)):
+        if values := ratios.get((what, "float32", COPY)):
+            shape = max(values, key=math.prod)
+            name = {"step": "the floor", "infer": "a copy"}[what]
+            title = f"float32, {what}, {OURS} / {name}, {shape}"
+            result.append(Bar(title, 2 / traversals / values[shape], bound, False))
+    return result
+
+
+def geometric_mean(values: Any) -> float:
+    """The mean of ratios."""
+    values = list(values)
+    return math.prod(values) ** (1 / len(values))

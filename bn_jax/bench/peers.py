@@ -1,0 +1,319 @@
+"""The batch norm layers of all libraries that are installed, behind one interface.
+
+Three instances: flax by `linen.BatchNorm`, torch by `nn.BatchNorm2d`, ours by `batch_norm`. Each is
+a function that takes a batch and its output's gradient, and builds a `Layer`: what is timed
+(`step`, `infer`) and what is compared (`outcome`). All have the defaults of their library, but for
+the decay of the moving average: 0.99 for all, or 0 to read a batch's own statistics.
+
+To add a peer: write its `build_…` below and name it in PEERS.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Outcome(NamedTuple):
+    """What a training step computes, as float64 numpy arrays (batch and features as x has them).
+
+    Attributes:
+        mean: that the layer remembers; of the batch itself at decay 0.
+        var: likewise, biased.
+    """
+
+    y: np.ndarray
+    dx: np.ndarray
+    dscale: np.ndarray
+    dbias: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+
+
+class Layer(NamedTuple):
+    """A layer with its batch at hand; each call blocks until its work is done.
+
+    Attributes:
+        step: forward in training mode and backward: y, the new state, all gradients.
+        infer: forward by the running statistics.
+        outcome: of a step.
+    """
+
+    step: Callable[[], object]
+    infer: Callable[[], object]
+    outcome: Callable[[], Outcome]
+
+
+Build = Callable[..., Layer]
+"""(x, dy, dtype, decay=0.99) -> Layer; x and dy are float arrays with the features last."""
+
+
+class Functional(NamedTuple):
+    """A JAX layer as functions; params has the leaves scale and bias, however they are nested.
+
+    Attributes:
+        params: what is differentiated.
+        state: running statistics.
+        apply: (params, state, x, train) -> (y, new state).
+        moments: state -> (mean, var).
+        unbiased: whether var is.
+    """
+
+    params: Any
+    state: Any
+    apply: Callable[[Any, Any, Array, bool], tuple[Array, Any]]
+    moments: Callable[[Any], tuple[Array, Array]]
+    unbiased: bool = False
+
+
+Shape = tuple[int, ...]
+Make = Callable[[Shape, float], Functional]
+"""(shape of x, decay) -> a JAX layer."""
+
+
+def ours(shape: Shape, decay: float) -> Functional:
+    """bn_jax.batch_norm."""
+    import bn_jax as bn
+
+    params, state = bn.init(shape[-1])
+    average = bn.DebiasedEma(decay)
+
+    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+        return bn.batch_norm(x, params, state, train=train, average=average)
+
+    return Functional(params, state, apply, lambda s: (s.mean, s.var), unbiased=True)
+
+
+def flax(shape: Shape, decay: float, *, fast: bool = True) -> Functional:
+    """flax.linen.BatchNorm as it comes: the variance is E[x²] - E[x]²."""
+    import flax.linen as nn
+
+    layer = nn.BatchNorm(momentum=decay, use_fast_variance=fast)
+    variables = layer.init(jax.random.key(0), jnp.zeros(shape), use_running_average=True)
+
+    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+        variables = {"params": params, "batch_stats": state}
+        y, new = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])  # pyright: ignore[reportGeneralTypeIssues]
+        return y, new["batch_stats"]
+
+    return Functional(
+        variables["params"], variables["batch_stats"], apply, lambda s: (s["mean"], s["var"])
+    )
+
+
+def flax_accurate(shape: Shape, decay: float) -> Functional:
+    """flax.linen.BatchNorm with use_fast_variance=False."""
+    return flax(shape, decay, fast=False)
+
+
+def nnx(shape: Shape, decay: float) -> Functional:
+    """flax.nnx.BatchNorm as it comes, split into its graph and its values."""
+    from flax import nnx
+
+    layer = nnx.BatchNorm(shape[-1], momentum=decay, rngs=nnx.Rngs(0))
+    graph, params, state = nnx.split(layer, nnx.Param, ...)
+
+    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+        merged = nnx.merge(graph, params, state, copy=True)
+        y = merged(x, use_running_average=not train)
+        return y, nnx.split(merged, nnx.Param, ...)[2]
+
+    return Functional(params, state, apply, lambda s: (s["mean"][...], s["var"][...]))
+
+
+def haiku(shape: Shape, decay: float) -> Functional:
+    """haiku.BatchNorm as it comes."""
+    import haiku as hk
+
+    def forward(x: Array, train: bool) -> Array:
+        return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=decay)(x, train)
+
+    layer = hk.without_apply_rng(hk.transform_with_state(forward))
+    params, state = layer.init(None, jnp.zeros(shape), True)
+
+    def moments(state: Any) -> tuple[Array, Array]:
+        mean, var = (
+            state[f"batch_norm/~/{name}_ema"]["average"].reshape(-1) for name in ("mean", "var")
+        )
+        return mean, var
+
+    return Functional(params, state, layer.apply, moments)
+
+
+def equinox(shape: Shape, decay: float) -> Functional:
+    """equinox.nn.BatchNorm, mode="batch", over examples whose channels come first, as it wants."""
+    import equinox as eqx
+
+    layer, initial = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+        shape[-1], axis_name="batch", momentum=decay, mode="batch"
+    )
+    params, rest = eqx.partition(layer, eqx.is_inexact_array)
+
+    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+        module = eqx.combine(params, rest)
+        batched = jax.vmap(
+            lambda x, state: module(x, state, inference=not train),
+            axis_name="batch",
+            in_axes=(0, None),
+            out_axes=(0, None),
+        )
+        return batched(x, state)
+
+    def moments(state: Any) -> tuple[Array, Array]:
+        return state.get(layer.batch_state_index)
+
+    return Functional(params, initial, apply, moments)
+
+
+def keras(shape: Shape, decay: float) -> Functional:
+    """keras.layers.BatchNormalization on its JAX backend, with the ε of the others."""
+    import os
+
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from keras import layers
+
+    layer = layers.BatchNormalization(momentum=decay, epsilon=1e-5)
+    layer.build(shape)
+    params = [variable.value for variable in layer.trainable_variables]
+    state = [variable.value for variable in layer.non_trainable_variables]
+
+    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+        return layer.stateless_call(params, state, x, training=train)
+
+    return Functional(params, state, apply, lambda state: (state[0], state[1]))
+
+
+def functional_layer(make: Make, *, channels_first: bool = False) -> Build:
+    """The build function of a JAX layer."""
+
+    def build(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
+        layer, axis, count = make(x.shape, decay), -1, x.size // x.shape[-1]
+        if channels_first:
+            x, dy, axis = np.moveaxis(x, -1, 1), np.moveaxis(dy, -1, 1), 1
+        batch, gradient = (jnp.asarray(a, jnp.float32).astype(dtype) for a in (x, dy))
+        step = jax.jit(training_step(layer.apply))
+        infer = jax.jit(lambda params, state, x: layer.apply(params, state, x, False)[0])
+
+        def run_step() -> Any:
+            return jax.block_until_ready(step(layer.params, layer.state, batch, gradient))
+
+        def outcome() -> Outcome:
+            y, state, grads, dx = run_step()
+            y, dx = np.moveaxis(wide(y), axis, -1), np.moveaxis(wide(dx), axis, -1)
+            dscale, dbias = in_order(grads)
+            mean, var = map(wide, layer.moments(state))
+            biased = var * (count - 1) / count if layer.unbiased else var
+            return Outcome(y, dx, dscale, dbias, mean, biased)
+
+        return Layer(
+            run_step,
+            lambda: jax.block_until_ready(infer(layer.params, layer.state, batch)),
+            outcome,
+        )
+
+    return build
+
+
+def training_step(apply: Callable[..., tuple[Array, Any]]) -> Callable[..., Any]:
+    """(params, state, x, dy) -> (y, new state, gradient of params, gradient of x)."""
+
+    def step(params: Any, state: Any, x: Array, dy: Array) -> Any:
+        y, pullback, state = jax.vjp(
+            lambda params, x: apply(params, state, x, True), params, x, has_aux=True
+        )
+        return y, state, *pullback(dy.astype(y.dtype))
+
+    return step
+
+
+def in_order(params: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, bias), by name where they have one."""
+    leaves = [
+        (jax.tree_util.keystr(path), leaf.reshape(-1))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    (first, a), (_, b) = leaves
+    swapped = "bias" in first or "offset" in first
+    return (wide(b), wide(a)) if swapped else (wide(a), wide(b))
+
+
+def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
+    """torch.nn.BatchNorm1d or 2d, channels last in memory."""
+    import torch
+
+    images = x.ndim == 4
+    kind = torch.nn.BatchNorm2d if images else torch.nn.BatchNorm1d
+    layer = kind(x.shape[-1], momentum=1 - decay)
+
+    def prepared(a: np.ndarray) -> Any:
+        tensor = torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(getattr(torch, dtype))
+        return tensor.permute(0, 3, 1, 2) if images else tensor  # the memory stays as it is
+
+    def restored(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach().permute(0, 2, 3, 1) if images else tensor.detach()
+        return tensor.double().numpy()
+
+    batch, gradient = prepared(x).requires_grad_(), prepared(dy)
+
+    def step() -> Any:
+        layer.zero_grad(set_to_none=True)
+        batch.grad = None
+        y = layer(batch)
+        y.backward(gradient)
+        return y
+
+    def infer() -> Any:
+        layer.eval()
+        with torch.no_grad():
+            y = layer(batch)
+        layer.train()
+        return y
+
+    def outcome() -> Outcome:
+        y, count = step(), x.size // x.shape[-1]
+        dscale, dbias = (p.grad.double().numpy() for p in (layer.weight, layer.bias))
+        mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+        dx = restored(batch.grad)
+        return Outcome(restored(y), dx, dscale, dbias, mean, var * (count - 1) / count)
+
+    return Layer(step, infer, outcome)
+
+
+def wide(a: Array) -> np.ndarray:
+    """As float64."""
+    return np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a).astype(np.float64)
+
+
+OURS = "bn_jax"
+
+FUNCTIONAL: dict[str, Make] = {
+    OURS: ours,
+    "flax": flax,
+    "flax accurate": flax_accurate,
+    "nnx": nnx,
+    "haiku": haiku,
+    "equinox": equinox,
+    "keras": keras,
+}
+"""JAX layers by name; "flax accurate" is flax with use_fast_variance=False."""
+
+PACKAGES = {OURS: "jax", "flax accurate": "flax", "nnx": "flax"}
+"""The package that a layer needs, where it is not called like the layer."""
+
+PEERS: dict[str, Build] = {
+    **{
+        name: functional_layer(make, channels_first=name == "equinox")
+        for name, make in FUNCTIONAL.items()
+    },
+    "torch": torch,
+}
+"""How to build each layer."""
+
+
+def installed() -> list[str]:
+    """The names of PEERS whose package is here."""
+    return [name for name in PEERS if importlib.util.find_spec(PACKAGES.get(name, name))]

@@ -1,0 +1,112 @@
+"""What a suite leaves behind: rows, bars, the machine it ran on; as tables and as bench.json."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+LIBRARIES = ("jax", "flax", "optax", "dm-haiku", "equinox", "keras", "torch")
+
+
+class Bar(NamedTuple):
+    """A figure that is to be reached.
+
+    Attributes:
+        what: is measured.
+        value: as measured.
+        bound: that it must keep.
+        at_least: whether the bound is below (else above) what is good.
+    """
+
+    what: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether the value keeps its bound; a value that is not a number does not."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+class Report(NamedTuple):
+    """The result of one suite.
+
+    Attributes:
+        suite: its name.
+        rows: of figures, each a dict of the same keys.
+        tables: the rows to be read.
+        bars: what was to be reached.
+    """
+
+    suite: str
+    rows: list[dict[str, Any]]
+    tables: list[Table]
+    bars: list[Bar]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, which no figure means anything without."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def show(report: Report, console: Console) -> None:
+    """Print tables, then bars."""
+    for table in report.tables:
+        console.print(table)
+    bars = Table("", "measured", "bar", "", title="Bars", title_justify="left")
+    for bar in report.bars:
+        bound = f"{'≥' if bar.at_least else '≤'} {bar.bound:.3g}"
+        verdict = "[green]met[/green]" if bar.met else "[red]missed[/red]"
+        bars.add_row(bar.what, f"{bar.value:.3g}", bound, verdict)
+    if report.bars:
+        console.print(bars)
+
+
+def save(reports: Sequence[Report], folder: Path) -> Path:
+    """Write bench.json, whole or not at all."""
+    content = {
+        "environment": environment(),
+        "suites": {
+            report.suite: {
+                "rows": report.rows,
+                "bars": [bar._asdict() | {"met": bar.met} for bar in report.bars],
+            }
+            for report in reports
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / "bench.json", folder / "bench.json.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+    return path

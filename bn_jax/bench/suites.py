@@ -1,0 +1,66 @@
+"""The suites by name, and running them."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from bn_jax.bench import accuracy, compile_time, layer, memory, train_step
+from bn_jax.bench.peers import installed
+from bn_jax.bench.plots import save_plots
+from bn_jax.bench.report import Report, environment, save, show
+
+Suite = Literal["layer", "train-step", "accuracy", "memory", "compile"]
+SUITES: tuple[Suite, ...] = ("accuracy", "layer", "train-step", "memory", "compile")
+
+PROCESS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**30),
+    "OMP_WAIT_POLICY": "passive",
+}
+"""Without the first three, arrays of tens of MB spend most of their time in page faults, whoever
+computes them; without the last, torch's threads keep the cores busy in the others' turns."""
+
+
+def quiet_process() -> None:
+    """Start this process again, once, with an allocator and threads that do not disturb."""
+    if sys.platform == "linux" and not PROCESS.items() <= os.environ.items():
+        os.environ.update(PROCESS)
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def run_suites(
+    suites: Sequence[Suite], *, turns: int, data_dir: Path | None, folder: Path, console: Console
+) -> bool:
+    """Run, show and save; whether ours keeps the bars that no machine can excuse: accuracy's.
+
+    Every suite's result is saved before the next begins.
+    """
+    peers = installed()
+    console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
+    reports: list[Report] = []
+    for suite in suites:
+        with console.status(f"{suite}: {', '.join(peers)}"):
+            reports.append(run_suite(suite, peers, turns, data_dir))
+        show(reports[-1], console)
+        path = save(reports, folder)
+    plots = save_plots(reports, folder)
+    console.print("wrote", *map(str, [path, *plots]))
+    return all(bar.met for report in reports if report.suite == "accuracy" for bar in report.bars)
+
+
+def run_suite(suite: Suite, peers: Sequence[str], turns: int, data_dir: Path | None) -> Report:
+    """One suite by its name."""
+    if suite == "accuracy":
+        return accuracy.run(peers)
+    if suite == "layer":
+        return layer.run(peers, turns=turns)
+    if suite == "train-step":
+        return train_step.run(turns=turns, data_dir=data_dir)
+    if suite == "memory":
+        return memory.run(peers)
+    return compile_time.run(peers, turns=turns)
