@@ -86,11 +86,11 @@ def bench(
     """
     from datetime import datetime
 
-    from bn_jax.bench.suites import SUITES, quiet_process, run_suites
+    from bn_jax.bench.suites import SUITES, keep_memory, run_suites
 
     if turns < 2:
         raise ValueError(f"--turns {turns}: must be at least 2, for quartiles")
-    quiet_process()
+    keep_memory()
     folder = output_dir or Path("runs") / f"bench-{datetime.now():%Y-%m-%d-%H%M%S}"
     suites = SUITES if suite == "all" else (suite,)
     if not run_suites(suites, turns=turns, data_dir=data_dir, folder=folder, console=stdout):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+PAUSE = 0.02
 Contenders = Mapping[str, Callable[[], object]]
 
 
@@ -43,7 +44,8 @@ class Timing(NamedTuple):
 def interleave(contenders: Contenders, *, reference: str, turns: int = 15) -> dict[str, Timing]:
     """Time functions that block until their work is done, after one turn that does not count.
 
-    Who begins rotates from turn to turn; who follows whom does not.
+    Who begins rotates from turn to turn. Between turns is a pause, in which threads that wait by
+    spinning (OpenMP's, and so torch's) give up the cores.
 
     Args:
         contenders: by name.
@@ -55,6 +57,7 @@ def interleave(contenders: Contenders, *, reference: str, turns: int = 15) -> di
     for turn in range(turns + 1):
         order.append(order.pop(0))
         for name, run in order:
+            time.sleep(PAUSE)
             begun = time.perf_counter()
             run()
             if turn:

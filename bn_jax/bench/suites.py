@@ -16,20 +16,18 @@ from bn_jax.bench.report import Report, environment, save, show
 Suite = Literal["layer", "train-step", "accuracy", "memory", "compile"]
 SUITES: tuple[Suite, ...] = ("accuracy", "layer", "train-step", "memory", "compile")
 
-PROCESS = {
+ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**30),
-    "OMP_WAIT_POLICY": "passive",
 }
-"""Without the first three, arrays of tens of MB spend most of their time in page faults, whoever
-computes them; without the last, torch's threads keep the cores busy in the others' turns."""
+"""Arrays of tens of MB otherwise spend most of their time in page faults, whoever computes them."""
 
 
-def quiet_process() -> None:
-    """Start this process again, once, with an allocator and threads that do not disturb."""
-    if sys.platform == "linux" and not PROCESS.items() <= os.environ.items():
-        os.environ.update(PROCESS)
+def keep_memory() -> None:
+    """Start this process again, once, with an allocator (glibc's) that keeps its memory."""
+    if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items():
+        os.environ.update(ALLOCATOR)
         os.execv(sys.executable, sys.orig_argv)
 
 

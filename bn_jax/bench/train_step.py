@@ -97,7 +97,6 @@ def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], 
     layers, width = [torch.nn.Flatten()], data.train_images[0].size
     for hidden in config.hidden:
         linear = torch.nn.Linear(width, hidden, bias=False)
-        torch.nn.init.normal_(linear.weight, std=config.init_std)
         layers += [linear, torch.nn.BatchNorm1d(hidden, momentum=0.01), torch.nn.Sigmoid()]
         width = hidden
     model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10))

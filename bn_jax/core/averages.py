@@ -169,8 +169,8 @@ def advance(
     seen = moments.count > (1 if unbiased else 0)
     good = seen & jnp.isfinite(mean) & jnp.isfinite(var)
     return BatchNormState(
-        jnp.where(good, mean, state.mean),
-        jnp.where(good, var, state.var),
+        lax.select(good, mean, state.mean),
+        lax.select(good, var, state.var),
         state.count + good.astype(state.count.dtype),
     )
 

@@ -277,7 +277,7 @@ def moments_of(sums: Sums) -> Moments:
 def shift(moments: Moments, by: Array) -> Moments:
     """The moments of x + by; where nothing was seen, nothing moves."""
     seen = moments.count > 0
-    return moments._replace(mean=jnp.where(seen, moments.mean + by, moments.mean))
+    return moments._replace(mean=lax.select(seen, moments.mean + by, moments.mean))
 
 
 def counts(weights: Array) -> Array:
@@ -288,12 +288,12 @@ def counts(weights: Array) -> Array:
 def share(part: Array, whole: Array) -> Array:
     """Part / whole, correctly rounded, and 0 of nothing without a NaN on the way.
 
-    Of a constant divisor XLA would make a multiplication by the rounded reciprocal, and fuse that
-    into the subtractions that use the quotient, each in its own way: two means, a bit apart, of
-    one batch. A divisor that is part where part is NaN says the same and is no constant.
+    Of one divisor for many values XLA would make a multiplication by its rounded reciprocal, and
+    fuse that into the subtractions that use the quotient, each in its own way: two means, a bit
+    apart, of one batch. A divisor that is part where part is NaN says the same and is not one.
     """
-    safe = jnp.where(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
-    return part / jnp.where(jnp.isnan(part), lax.stop_gradient(part), safe)
+    safe = lax.select(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
+    return part / lax.select(jnp.isnan(part), lax.stop_gradient(part), safe)
 
 
 def square(x: Array) -> Array:

@@ -121,8 +121,10 @@ def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
     """1/√(σ² + ε), and 0 where that is 1/0: a feature without spread is centered, not scaled."""
     check_epsilon(epsilon)
     padded = var + jnp.asarray(epsilon, var.dtype)
-    positive = padded > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, padded, 1)), jnp.zeros_like(var))
+    positive, one = padded > 0, jnp.ones_like(padded)
+    return lax.select(
+        positive, lax.rsqrt(lax.select(positive, padded, one)), jnp.zeros_like(padded)
+    )
 
 
 def check_epsilon(epsilon: ArrayLike) -> None:

@@ -140,7 +140,7 @@ def push_forward(
     if x_dot is not None:
         y_dot = y_dot + x_dot * spread(gain, x, axes)
     # Padding stays at the mean when the mean moves.
-    y_dot = y_dot - spread(mean * slope + gain * mean_dot, x, axes)
+    y_dot = y_dot + spread(-(mean * slope + gain * mean_dot), x, axes)
     y_dot = without_padding(y_dot, x, weights)
     if params_dot.bias is not None:
         y_dot = y_dot + spread(params_dot.bias.astype(wide), x, axes)
