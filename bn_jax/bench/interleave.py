@@ -41,7 +41,9 @@ class Timing(NamedTuple):
         return first, third
 
 
-def interleave(contenders: Contenders, *, reference: str, turns: int = 15) -> dict[str, Timing]:
+def interleave(
+    contenders: Contenders, *, reference: str, turns: int = 15, warm: bool = False
+) -> dict[str, Timing]:
     """Time functions that block until their work is done, after one turn that does not count.
 
     Who begins rotates from turn to turn. Between turns is a pause, in which threads that wait by
@@ -51,6 +53,7 @@ def interleave(contenders: Contenders, *, reference: str, turns: int = 15) -> di
         contenders: by name.
         reference: the name that ratios are relative to.
         turns: that count, of every contender; at least 2.
+        warm: run once before each turn, for functions so short that waking up counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())
@@ -58,6 +61,8 @@ def interleave(contenders: Contenders, *, reference: str, turns: int = 15) -> di
         order.append(order.pop(0))
         for name, run in order:
             time.sleep(PAUSE)
+            if warm:
+                run()
             begun = time.perf_counter()
             run()
             if turn:

@@ -55,12 +55,12 @@ def measure(
     batch, negate = jnp.asarray(x).astype(dtype), jax.jit(jnp.negative)
     copy = lambda: jax.block_until_ready(negate(batch))  # noqa: E731
     # Short calls are repeated, so that a turn takes milliseconds.
-    repeats = max(1, 2**20 // x.size)
+    repeats = min(200, max(1, 2**22 // x.size))
     result = {}
     for what in ("step", "infer"):
         calls = {name: getattr(layer, what) for name, layer in layers.items()} | {COPY: copy}
         contenders = {name: repeated(call, repeats) for name, call in calls.items()}
-        timings = interleave(contenders, reference=OURS, turns=turns)
+        timings = interleave(contenders, reference=OURS, turns=turns, warm=True)
         result[what] = {
             name: timing._replace(seconds=[s / repeats for s in timing.seconds])
             for name, timing in timings.items()
@@ -93,27 +93,29 @@ def row(what: str, dtype: str, shape: tuple[int, ...], name: str, timing: Timing
 
 
 def table(rows: Sequence[dict[str, Any]], what: str, dtype: str) -> Table:
-    """Shapes down, contenders across: how many times as long as ours."""
+    """Contenders down, shapes across: how many times as long as ours, and the quartiles."""
     chosen = [r for r in rows if (r["what"], r["dtype"]) == (what, dtype)]
-    names = list(dict.fromkeys(r["contender"] for r in chosen))
     title = {"step": "Forward and backward", "infer": "Inference"}[what]
     result = Table(
         title=f"{title}, {dtype}: {OURS} in µs, the others in multiples of it (quartiles)",
         title_justify="left",
     )
-    for heading in ("shape", *names, *(("floor",) if what == "step" else ())):
-        result.add_column(heading, justify="left" if heading == "shape" else "right")
-    for shape in dict.fromkeys(tuple(r["shape"]) for r in chosen):
-        here = {r["contender"]: r for r in chosen if tuple(r["shape"]) == shape}
+    result.add_column("")
+    shapes = dict.fromkeys(tuple(r["shape"]) for r in chosen)
+    for shape in shapes:
+        result.add_column("×".join(map(str, shape)), justify="right")
+    for name in dict.fromkeys(r["contender"] for r in chosen):
         cells = [
             f"{r['microseconds']:,.0f}"
             if name == OURS
             else f"{r['ratio']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})"
-            for name, r in here.items()
+            for r in chosen
+            if r["contender"] == name
         ]
-        if what == "step":
-            cells.append(f"{TRAVERSALS / 2 * here[COPY]['ratio']:.2f}")
-        result.add_row(str(shape), *cells)
+        result.add_row(name, *cells)
+    if what == "step":
+        floors = [TRAVERSALS / 2 * r["ratio"] for r in chosen if r["contender"] == COPY]
+        result.add_row("floor", *(f"{floor:.2f}" for floor in floors))
     return result
 
 

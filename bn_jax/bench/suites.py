@@ -38,6 +38,7 @@ def run_suites(
 
     Every suite's result is saved before the next begins.
     """
+    console.width = max(console.width, 110)  # of files and pipes, too
     peers = installed()
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
     reports: list[Report] = []
