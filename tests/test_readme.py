@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import tyro
 
+from bn_jax.bench.suites import SUITES
 from bn_jax.train.config import TrainConfig
+from tests.core.test_transforms import CASES, TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,8 +38,20 @@ def test_its_two_commands_are_the_ones_that_are_promised():
 @pytest.mark.parametrize("command", [c for b in blocks("bash")[2:] for c in b.splitlines()])
 def test_its_other_commands_are_accepted(command):
     program, verb, *flags = command.split()
-    assert (program, verb) == ("bn-jax", "train")
-    assert tyro.cli(TrainConfig, args=flags) != TrainConfig()
+    assert program == "bn-jax"
+    if verb == "bench":
+        assert flags[0] == "--suite"
+        assert flags[1] in SUITES
+    else:
+        assert verb == "train"
+        assert tyro.cli(TrainConfig, args=flags) != TrainConfig()
+
+
+def test_its_table_of_transformations_is_the_tests():
+    """What joins the tests joins the README."""
+    assert f"{len(TRANSFORMS)} transformations × {len(CASES)} kinds" in README
+    kinds = re.search(r"for each of: (.*?)\. The tests", README, re.DOTALL)[1].split(",")
+    assert len(kinds) == len(CASES)
 
 
 def test_every_file_it_links_to_exists():

@@ -5,7 +5,10 @@ of one compiled gradient (convolution, batch norm, ReLU, twenty times).
 
 Run it with: bn-jax bench --suite memory
 
-LAST_RESULT
+Last result, 2026-11-24, jax 0.10.2 and flax 0.12.8 on a CPU: residuals of x's own size, 0.50 of
+flax's in float32 and 0.25 in bfloat16; buffers of a stack of twenty 0.69 and 0.67 of flax's. In
+bfloat16 the CPU convolves in float32 and keeps float32 copies for all contenders, which hides half
+of what a layer saves there.
 """
 
 import math
@@ -63,7 +66,7 @@ def stack_memory(name: str, shape: tuple[int, ...], depth: int, dtype: str) -> i
     params, state, loss = make_stack(name, shape, depth)
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    analysis = gradient.lower(params, state, x).compile().memory_analysis()
+    analysis: Any = gradient.lower(params, state, x).compile().memory_analysis()
     return analysis.temp_size_in_bytes
 
 

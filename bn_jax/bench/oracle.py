@@ -17,7 +17,7 @@ class Forward(NamedTuple):
     y: np.ndarray
     mean: np.ndarray
     var: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
     normalized: np.ndarray
     inverse_std: np.ndarray
 
@@ -36,8 +36,10 @@ def forward(x, scale=1.0, bias=0.0, *, epsilon=1e-5, axis=-1, weights=None):
     inverse_std = np.where(padded > 0, 1 / np.sqrt(np.where(padded > 0, padded, 1)), 0)
     normalized = np.where(padding, 0, (x - mean) * inverse_std)
     y = along(scale, x, axis) * normalized + along(bias, x, axis)
-    per_feature = [part.squeeze(batch) for part in (mean, var, count)]
-    return Forward(y, *per_feature, normalized, inverse_std.squeeze(batch))
+    mean, var, count, inverse_std = (
+        part.squeeze(batch) for part in (mean, var, count, inverse_std)
+    )
+    return Forward(y, mean, var, count, normalized, inverse_std)
 
 
 def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
@@ -64,7 +66,7 @@ class Step(NamedTuple):
     dbias: np.ndarray
     mean: np.ndarray
     var: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
     normalized: np.ndarray
     inverse_std: np.ndarray
 

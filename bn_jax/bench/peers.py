@@ -9,6 +9,7 @@ To add a peer: write its `build_…` below and name it in PEERS.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ def flax(shape: Shape, decay: float, *, fast: bool = True) -> Functional:
 
     def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
         variables = {"params": params, "batch_stats": state}
-        y, new = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])  # pyright: ignore[reportGeneralTypeIssues]
+        y, new = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
         return y, new["batch_stats"]
 
     return Functional(
@@ -127,7 +128,7 @@ def nnx(shape: Shape, decay: float) -> Functional:
 
 def haiku(shape: Shape, decay: float) -> Functional:
     """haiku.BatchNorm as it comes."""
-    import haiku as hk
+    hk: Any = importlib.import_module("haiku")
 
     def forward(x: Array, train: bool) -> Array:
         return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=decay)(x, train)
@@ -146,7 +147,7 @@ def haiku(shape: Shape, decay: float) -> Functional:
 
 def equinox(shape: Shape, decay: float) -> Functional:
     """equinox.nn.BatchNorm, mode="batch", over examples whose channels come first, as it wants."""
-    import equinox as eqx
+    eqx: Any = importlib.import_module("equinox")
 
     layer, initial = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
         shape[-1], axis_name="batch", momentum=decay, mode="batch"
@@ -171,11 +172,8 @@ def equinox(shape: Shape, decay: float) -> Functional:
 
 def keras(shape: Shape, decay: float) -> Functional:
     """keras.layers.BatchNormalization on its JAX backend, with the ε of the others."""
-    import os
-
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    from keras import layers
-
+    layers: Any = importlib.import_module("keras.layers")
     layer = layers.BatchNormalization(momentum=decay, epsilon=1e-5)
     layer.build(shape)
     params = [variable.value for variable in layer.trainable_variables]
@@ -243,8 +241,7 @@ def in_order(params: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
     """torch.nn.BatchNorm1d or 2d, channels last in memory."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     images = x.ndim == 4
     kind = torch.nn.BatchNorm2d if images else torch.nn.BatchNorm1d
     layer = kind(x.shape[-1], momentum=1 - decay)

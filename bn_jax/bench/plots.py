@@ -59,10 +59,14 @@ def layer_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Error against mean/std, a panel per quantity, a line per layer; our bar dashed."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    """Error against mean/std, a panel per quantity, a line per layer; our bar dotted.
+
+    Lines that fall on one another are dashed, so that both are seen.
+    """
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     panels = figure.subplots(1, len(TITLES))
     names = list(dict.fromkeys(r["contender"] for r in rows))
+    dashes = ("-", (0, (4, 4)), (4, (4, 4)))
     for panel, (quantity, title) in zip(panels, TITLES.items(), strict=True):
         for place, name in enumerate(names):
             chosen = [r for r in rows if (r["quantity"], r["contender"]) == (quantity, name)]
@@ -72,6 +76,7 @@ def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 [max(r["error"], 1e-9) for r in drawn],
                 marker="o",
                 markersize=3,
+                linestyle="-" if name == OURS else dashes[place % len(dashes)],
                 color=f"C{place}",
                 linewidth=2.5 if name == OURS else 1.2,
                 zorder=3 if name == OURS else 2,
@@ -80,11 +85,13 @@ def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             if name == OURS:
                 offsets = [max(r["offset"], 0.1) for r in chosen]
                 bars = [r["bar"] for r in chosen]
-                panel.plot(offsets, bars, "k--", linewidth=1, label="bar")
+                panel.plot(offsets, bars, "k:", linewidth=1.5, label="bar")
         panel.set_xscale("log")
+        panel.set_xticks([0.1, 1, 1e2, 1e4], ["0", "1", "10²", "10⁴"])
         panel.set_yscale("log")
         panel.set_xlabel("mean / std of x")
         panel.set_title(title)
     panels[0].set_ylabel("worst error against float64")
-    panels[-1].legend(fontsize=7, loc="upper left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     return figure

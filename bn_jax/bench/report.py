@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def save(reports: Sequence[Report], folder: Path) -> Path:
-    """Write bench.json, whole or not at all."""
+    """Write bench.json, whole or not at all; what is not finite, JSON does not know: null."""
     content = {
         "environment": environment(),
         "suites": {
@@ -107,6 +108,15 @@ def save(reports: Sequence[Report], folder: Path) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / "bench.json", folder / "bench.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
     return path
+
+
+def finite(value: Any) -> Any:
+    """The same, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

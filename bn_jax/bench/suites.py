@@ -46,9 +46,9 @@ def run_suites(
         with console.status(f"{suite}: {', '.join(peers)}"):
             reports.append(run_suite(suite, peers, turns, data_dir))
         show(reports[-1], console)
-        path = save(reports, folder)
+        save(reports, folder)
     plots = save_plots(reports, folder)
-    console.print("wrote", *map(str, [path, *plots]))
+    console.print(f"wrote {folder / 'bench.json'}", *map(str, plots))
     return all(bar.met for report in reports if report.suite == "accuracy" for bar in report.bars)
 
 

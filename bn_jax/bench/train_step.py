@@ -5,11 +5,12 @@ Run it with: bn-jax bench --suite train-step
 Both loops train the paper's network (3 hidden layers of 100 sigmoids, batch norm before each) on
 MNIST by SGD in batches of 60, and compute the same. Ours runs chunks of steps under `lax.scan` on
 data that stays on the device, with our batch norm. The other calls a jitted step (state donated,
-flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks.
+flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks; torch's is eager.
 
-Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, optax 0.2.8, 25 turns of
-1,000 steps: 401 µs per step against 498, 1.25 times as long (quartiles 1.21 to 1.28). Of our 401,
-the network without batch norm takes 357, of which about 300 are its matrix products.
+Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, optax 0.2.8, torch 2.13.0,
+twice 25 turns of 1,000 steps: 386 µs per step against 498 of flax's loop (1.30 times as long,
+quartiles 1.23 to 1.33) and 1,253 of torch's (3.28); then 420 against 531 (1.28, 1.25 to 1.33) and
+1,333 (3.23). About 280 of ours are matrix products, at the speed of the cores.
 """
 
 import functools
@@ -92,8 +93,7 @@ def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[],
 
 def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
     """The same in torch, as its users write it."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     layers, width = [torch.nn.Flatten()], data.train_images[0].size
     for hidden in config.hidden:
         linear = torch.nn.Linear(width, hidden, bias=False)

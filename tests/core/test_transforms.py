@@ -202,6 +202,21 @@ def export_for_all_platforms(case):
 
 
 @transform
+def compile_time_evaluation(case):
+    """Of known values, a traced function may know the result."""
+    given = case.given()
+
+    @jax.jit
+    def run():
+        with jax.ensure_compile_time_eval():
+            y, new = case.apply(*given)
+        assert not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((y, new)))
+        return y, new
+
+    assert_same(run(), case.expected, case.slack)
+
+
+@transform
 def donation(case):
     """The old state's memory becomes the new one's."""
     x, params, state, where = case.given()
