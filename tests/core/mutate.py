@@ -113,15 +113,15 @@ MUTATIONS = [
     Mutation(
         "the origin is zero",
         "moments.py",
-        "origin, count = shift(near, origin).mean, near.count",
-        "count = near.count",
+        "origin = mean(x.astype(statistics_dtype(x.dtype)))",
+        "origin = 0 * mean(x.astype(statistics_dtype(x.dtype)))",
         "accuracy",
     ),
     Mutation(
         "one step to the origin of weighted data",
         "moments.py",
-        "1 if weights is None or weights.dtype == bool else 2",
-        "1",
+        "origin = origin + mean(center(x, origin, axes))",
+        "pass",
         "constant",
     ),
     Mutation(
@@ -141,29 +141,29 @@ MUTATIONS = [
     Mutation(
         "excluded values are multiplied by zero, not left out",
         "moments.py",
-        "kept = jnp.where(counts(weights), centered, jnp.zeros_like(centered))",
-        "kept = centered",
+        "jnp.where(counts(weights), values, jnp.zeros_like(values))\n\n\ndef weigh",
+        "weights.astype(values.dtype) * values\n\n\ndef weigh",
         "state",
     ),
     Mutation(
         "weights are not squared away: Σ w² d²",
         "moments.py",
-        "add_over(weights * square(kept), reduced)",
-        "add_over(weights * weights * square(kept), reduced)",
+        "weigh(square(second), weights)",
+        "weigh(weigh(square(second), weights), weights)",
         "monoid",
     ),
     Mutation(
         "the count of a mask is the batch size",
         "moments.py",
-        "            add_over(weights, reduced),",
-        "            add_over(jnp.ones_like(weights), reduced),",
+        "return add_over(weights.astype(real), batch_axes(x, axes))",
+        "return add_over(jnp.ones_like(weights, real), batch_axes(x, axes))",
         "monoid",
     ),
     Mutation(
         "sums over several axes are one sum",
         "moments.py",
-        "values = lax.optimization_barrier(jnp.sum(values, axes[1:]))",
-        "return jnp.sum(values, axes)",
+        "if careless and len(axes) > 1:",
+        "if False:",
         "accuracy",
     ),
     Mutation(
@@ -183,36 +183,36 @@ MUTATIONS = [
     Mutation(
         "the mean of nothing is the origin",
         "moments.py",
-        "mean=jnp.where(seen, moments.mean + by, moments.mean)",
+        "mean=lax.select(seen, moments.mean + by, moments.mean)",
         "mean=moments.mean + by + 0 * seen",
         "monoid",
     ),
     Mutation(
         "the mean is not moved back",
         "moments.py",
-        "jnp.where(seen, moments.mean + by, moments.mean)",
-        "jnp.where(seen, moments.mean, moments.mean)",
+        "lax.select(seen, moments.mean + by, moments.mean)",
+        "moments.mean",
         "monoid",
     ),
     Mutation(
         "a quotient of nothing is not guarded",
         "moments.py",
-        "safe = jnp.where(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)",
+        "safe = lax.select(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)",
         "safe = whole.astype(part.dtype)",
         "monoid",
     ),
     Mutation(
         "divisors may become reciprocals",
         "moments.py",
-        "return part / jnp.where(jnp.isnan(part), lax.stop_gradient(part), safe)",
+        "return part / lax.select(jnp.isnan(part), lax.stop_gradient(part), safe)",
         "return part / safe",
         "constant",
     ),
     Mutation(
         "a quotient by NaN made of nothing",
         "moments.py",
-        "jnp.where(jnp.isnan(part), lax.stop_gradient(part), safe)",
-        "jnp.where(jnp.isnan(part), jnp.full_like(safe, jnp.nan), safe)",
+        "lax.select(jnp.isnan(part), lax.stop_gradient(part), safe)",
+        "lax.select(jnp.isnan(part), jnp.full_like(safe, jnp.nan), safe)",
         "transforms",
     ),
     Mutation(
@@ -221,6 +221,55 @@ MUTATIONS = [
         "jnp.real(x * jnp.conj(x)) if",
         "jnp.real(x * x) if",
         "accuracy",
+    ),
+    Mutation(
+        "the pilot is a single value",
+        "moments.py",
+        "lax.slice_in_dim(x, 0, -(-x.shape[axis] // 16), axis=axis)",
+        "lax.slice_in_dim(x, 0, 1, axis=axis)",
+        "traffic",
+    ),
+    Mutation(
+        "the pilot's sum is divided by the whole batch's count",
+        "moments.py",
+        "        x = pilot(x, axes)\n    count = count_of(x, axes, weights)",
+        "        count, x = count_of(x, axes, weights), pilot(x, axes)",
+        "traffic",
+    ),
+    Mutation(
+        "the pilot cuts through sharded axes",
+        "moments.py",
+        "if x.shape[axis] > 1 and spec[axis] is None:",
+        "if x.shape[axis] > 1:",
+        "traffic",
+    ),
+    Mutation(
+        "the sums read one array of x - origin",
+        "moments.py",
+        "for copy in apart((x, origin), 2))",
+        "for copy in [(x, origin)] * 2)",
+        "traffic",
+    ),
+    Mutation(
+        "both directions read one array of x - origin",
+        "standardize.py",
+        "apart((x, origin, near.mean), 2)",
+        "[(x, origin, near.mean)] * 2",
+        "traffic",
+    ),
+    Mutation(
+        "no jax.checkpoint",
+        "standardize.py",
+        "jax.checkpoint(functools.partial(push_forward, axes, axis_name), prevent_cse=False)",
+        "functools.partial(push_forward, axes, axis_name)",
+        "traffic",
+    ),
+    Mutation(
+        "the derivative of the mean's residual is lost",
+        "standardize.py",
+        "var_dot = square_dot - 2 * jnp.real(jnp.conj(mean) * mean_dot)",
+        "var_dot = square_dot",
+        "gradients",
     ),
     # standardize.py
     Mutation(
@@ -240,8 +289,8 @@ MUTATIONS = [
     Mutation(
         "the derivative forgets that the mean moves",
         "standardize.py",
-        "mean_dot = each.astype(wide) * dot.total",
-        "mean_dot = jnp.zeros_like(dot.total)",
+        "mean_dot = each.astype(wide) * (dot.total",
+        "mean_dot = 0 * each.astype(wide) * (dot.total",
         "gradients",
     ),
     Mutation(
@@ -289,14 +338,14 @@ MUTATIONS = [
     Mutation(
         "padding moves with the mean",
         "standardize.py",
-        "moved = without_padding(deviation_dot - spread(mean_dot, x, axes), x, weights)",
-        "moved = deviation_dot - spread(mean_dot, x, axes)",
+        "    y_dot = without_padding(y_dot, x, weights)\n",
+        "",
         "gradients",
     ),
     Mutation(
         "weights have no derivative in the count",
         "standardize.py",
-        "dot.square - near.var * dot.count",
+        "dot.square - (near.var + square(mean)) * dot.count",
         "dot.square",
         "gradients",
     ),
@@ -325,8 +374,8 @@ MUTATIONS = [
     Mutation(
         "1/0 is not guarded",
         "normalize.py",
-        "jnp.where(positive, lax.rsqrt(jnp.where(positive, padded, 1)), jnp.zeros_like(var))",
-        "lax.rsqrt(padded)",
+        "lax.select(positive, padded, one)",
+        "padded",
         "constant",
     ),
     Mutation(
@@ -546,7 +595,6 @@ EQUIVALENT = {
     "derivatives through it cancel; stopping them only saves the work",
     "averages.py: no stop_gradient in advance": "in `batch_norm` no gradient reaches the moments "
     "(standardize); on its own it is seen, by test_gradients",
-    "standardize.py: no jax.checkpoint": "what is kept for the backward pass is memory, not values",
 }
 
 

@@ -80,6 +80,22 @@ def test_apart_is_a_barrier_on_the_cpu_alone():
         assert exported.mlir_module().count("stablehlo.optimization_barrier") == barriers, platform
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_x_and_numbers_per_feature_are_kept_for_the_backward_pass(dtype, masked, shape=(64, 32)):
+    """And a mask, where there is one."""
+    params, state = bn.init(shape[-1])
+    where = jnp.ones(shape, bool) if masked else None
+
+    def pullback(x, params):
+        train = lambda x, params: bn.batch_norm(x, params, state, train=True, where=where)[0]  # noqa: E731
+        return jax.vjp(train, x, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, jnp.zeros(shape, dtype), params))
+    large = sorted(str(a.dtype) for a in kept if a.size > 4 * shape[-1])
+    assert large == sorted([str(jnp.dtype(dtype)), *(["bool"] if masked else [])])
+
+
 # The pilot.
 
 
