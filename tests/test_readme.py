@@ -25,6 +25,7 @@ def test_python_blocks_run_in_order(lenient):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["new_state"].mean.shape == (64,)
+    assert names["loss"] > 0
 
 
 def test_its_two_commands_are_the_ones_that_are_promised():

@@ -129,7 +129,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Quantities and offsets down, contenders across."""
     names = list(dict.fromkeys(r["contender"] for r in rows))
     result = Table(
-        title="Worst error against float64, x ~ N(R, 1); over its bar in red", title_justify="left"
+        title="Worst error against float64, x ~ N(R, 1); over its bar in red",
+        title_justify="left",
+        caption="y: absolute; mean: in units of the last place; the others relative. "
+        "flax accurate: use_fast_variance=False",
+        caption_justify="left",
     )
     for heading in ("", "R", "bar", *names):
         result.add_column(heading, justify="left" if not heading else "right")

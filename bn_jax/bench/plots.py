@@ -11,6 +11,7 @@ from bn_jax.bench.layer import COPY
 from bn_jax.bench.peers import OURS
 from bn_jax.bench.report import Report
 
+DASHED = ("flax", "flax accurate")
 TITLES = {
     "var": "variance, relative",
     "y": "output, absolute",
@@ -61,12 +62,11 @@ def layer_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Error against mean/std, a panel per quantity, a line per layer; our bar dotted.
 
-    Lines that fall on one another are dashed, so that both are seen.
+    Where two lines fall on one another, one is dashed, so that both are seen.
     """
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     panels = figure.subplots(1, len(TITLES))
-    names = list(dict.fromkeys(r["contender"] for r in rows))
-    dashes = ("-", (0, (4, 4)), (4, (4, 4)))
+    names = list(dict.fromkeys(r["contender"] for r in rows if r["contender"] != "nnx"))  # as flax
     for panel, (quantity, title) in zip(panels, TITLES.items(), strict=True):
         for place, name in enumerate(names):
             chosen = [r for r in rows if (r["quantity"], r["contender"]) == (quantity, name)]
@@ -76,10 +76,10 @@ def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 [max(r["error"], 1e-9) for r in drawn],
                 marker="o",
                 markersize=3,
-                linestyle="-" if name == OURS else dashes[place % len(dashes)],
+                linestyle="--" if name in DASHED else "-",
                 color=f"C{place}",
                 linewidth=2.5 if name == OURS else 1.2,
-                zorder=3 if name == OURS else 2,
+                zorder=3 if name in DASHED else 2,
                 label=name,
             )
             if name == OURS:

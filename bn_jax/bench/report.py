@@ -85,6 +85,9 @@ def show(report: Report, console: Console) -> None:
     """Print tables, then bars."""
     for table in report.tables:
         console.print(table)
+    if report.bars and len(report.bars) > 12 and all(bar.met for bar in report.bars):
+        console.print(f"[green]All {len(report.bars)} bars are met.[/green]")
+        return
     bars = Table("", "measured", "bar", "", title="Bars", title_justify="left")
     for bar in report.bars:
         bound = f"{'≥' if bar.at_least else '≤'} {bar.bound:.3g}"

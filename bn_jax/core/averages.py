@@ -141,6 +141,7 @@ def advance(
         The new state, in the dtypes of the old.
 
     Raises:
+        TypeError: average is no function.
         ValueError: state and moments differ in shape.
 
     >>> import jax.numpy as jnp
@@ -155,6 +156,7 @@ def advance(
             f"state is of {state.mean.shape} features and moments of {moments.mean.shape}; "
             "measure with the feature_axis that the state was made for"
         )
+    check_average(average)
     state, moments = lax.stop_gradient((state, moments))
     real = statistics_dtype(state.var.dtype)
     kept = jnp.vectorize(lambda count: jnp.asarray(average(count), real))(state.count)
@@ -173,6 +175,15 @@ def advance(
         lax.select(good, var, state.var),
         state.count + good.astype(state.count.dtype),
     )
+
+
+def check_average(average: object) -> None:
+    """Refuse a number where a function of the count belongs."""
+    if not callable(average):
+        raise TypeError(
+            f"average={average!r} must be a function, count -> weight of the past, e.g. "
+            "DebiasedEma(0.99), Ema(0.99) or CumulativeAverage()"
+        )
 
 
 def check_decay(decay: float | int) -> None:

@@ -107,7 +107,8 @@ def batch_norm(
         empty or fully masked, or its moments are not finite.
 
     Raises:
-        TypeError: x is not inexact, train is traced or no bool, where is neither bool nor float.
+        TypeError: x is not inexact, train is traced or no bool, where is neither bool nor float,
+            params or state is of another kind, average is no function.
         ValueError: a shape does not fit x; epsilon is negative; training with one value per
             feature, whose variance is always zero.
         NameError: axis_name is not bound here.
@@ -122,6 +123,8 @@ def batch_norm(
     """
     x = jnp.asarray(x)
     check_train(train)
+    check_kind("params", params, BatchNormParams)
+    check_kind("state", state, BatchNormState)
     axes = feature_axes(x, feature_axis)
     check_features(x, axes, **params._asdict(), **state._asdict())
     weights = None if where is None else spread_where(where, x, axes)
@@ -156,6 +159,16 @@ def check_train(train: object) -> None:
         raise TypeError(f"train={train!r} must be True or False")
 
 
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse params and state in each other's place, or as a checkpoint's dict."""
+    if not isinstance(value, kind):
+        fields = ", ".join(kind._fields)
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, but must be a {kind.__name__}, as init returns "
+            f"it; of a dict make one: {kind.__name__}(**{name}) with the fields {fields}"
+        )
+
+
 def check_batch(x: Array, axes: Axes, axis_name: AxisName | None) -> None:
     """Refuse an unbound axis name, and a batch whose variance is zero whatever it holds."""
     members = 1
@@ -172,5 +185,5 @@ def check_batch(x: Array, axes: Axes, axis_name: AxisName | None) -> None:
         raise ValueError(
             f"training needs more than one value per feature, but x of shape {x.shape} has one "
             f"on feature axes {axes}: its variance is zero and y is bias whatever x is; use a "
-            "larger batch, pool with axis_name, or train=False"
+            "larger batch, pool with axis_name, or use the running statistics (train=False)"
         )

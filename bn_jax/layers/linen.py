@@ -18,7 +18,7 @@ from bn_jax.core.axes import feature_axes, feature_shape
 from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
-from bn_jax.layers.translate import mean_dtype, promote, read_mask, refuse_groups
+from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask, refuse_groups
 
 
 class BatchNorm(nn.Module):
@@ -119,6 +119,7 @@ class BatchNorm(nn.Module):
             y, of x's shape; see `dtype`.
 
         Raises:
+            TypeError: use_running_average is traced.
             ValueError: use_running_average is given twice or not at all; training with one value
                 per feature; a variable does not fit x, or mask does not, or does in two ways;
                 axis_index_groups is not None.
@@ -128,6 +129,7 @@ class BatchNorm(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        check_flag(evaluate)
         refuse_groups(self.axis_index_groups)
         x = jnp.asarray(x)
         axes = feature_axes(x, self.axis)

@@ -20,7 +20,7 @@ from bn_jax.core.averages import Average, BatchNormState, Ema
 from bn_jax.core.axes import feature_axes
 from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.layers.translate import mean_dtype, promote, read_mask, refuse_groups
+from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask, refuse_groups
 
 
 class BatchNorm(nnx.Module):
@@ -168,6 +168,7 @@ class BatchNorm(nnx.Module):
             y, of x's shape; see `dtype`.
 
         Raises:
+            TypeError: use_running_average is traced.
             ValueError: use_running_average is given nowhere; training with one value per feature;
                 a variable does not fit x, or mask does not, or does in two ways.
             NameError: axis_name is not bound here.
@@ -180,6 +181,7 @@ class BatchNorm(nnx.Module):
                 "use_running_average is given neither to BatchNorm nor to its call; pass it to "
                 "either, or set it with train(), eval() or nnx.view"
             )
+        check_flag(evaluate)
         x = jnp.asarray(x)
         axes = feature_axes(x, self.axis)
         mean, var = self.mean[...], self.var[...]

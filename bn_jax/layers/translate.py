@@ -91,6 +91,19 @@ def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return all(a in (1, b) for a, b in zip(shape, target, strict=True))
 
 
+def check_flag(use_running_average: object) -> None:
+    """Refuse a traced flag: which statistics are used decides what is computed.
+
+    Raises:
+        TypeError: use_running_average is traced.
+    """
+    if isinstance(use_running_average, jax.core.Tracer):
+        raise TypeError(
+            "use_running_average is traced, but must be a Python bool: mark it static, e.g. "
+            "jax.jit(f, static_argnames='train'), or bind it, functools.partial(f, train=True)"
+        )
+
+
 def refuse_groups(axis_index_groups: object) -> None:
     """Refuse what the core cannot do yet.
 

@@ -4,6 +4,9 @@ Shapes and dtypes in signatures are checked in these tests as well (``conftest.p
 enough that it is not their error that surfaces.
 """
 
+import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -328,3 +331,30 @@ def test_forgetting_axis_name_under_shard_map_is_caught_by_jax():
     forgetful = jax.shard_map(train, mesh=mesh, in_specs=rows, out_specs=(rows, all_of_it))
     with pytest.raises(ValueError, match="replicat"):
         jax.eval_shape(forgetful, x)
+
+
+MISTAKES = """
+import jax.numpy as jnp, bn_jax as bn
+params, state = bn.init(3)
+x = jnp.arange(12.0).reshape(4, 3)
+calls = [
+    lambda: bn.batch_norm(x, params, state, train=True, average=0.99),
+    lambda: bn.batch_norm(x, state, params, train=True),
+    lambda: bn.batch_norm(x, params._asdict(), state, train=True),
+]
+for call in calls:
+    try:
+        call()
+    except TypeError as error:
+        print(error)
+"""
+
+
+def test_mistakes_that_beartype_would_catch_first():
+    """In a process of its own, where nothing checks the types of arguments."""
+    run = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    number, swapped, from_dict = run.stdout.splitlines()
+    assert re.search(r"average=0.99 must be a function, .* DebiasedEma", number)
+    assert re.search(r"params is a BatchNormState, but must be a BatchNormParams", swapped)
+    assert re.search(r"params is a dict, .* BatchNormParams\(\*\*params\)", from_dict)
