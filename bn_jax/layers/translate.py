@@ -5,6 +5,7 @@ groups. No arithmetic; the core does all of it.
 """
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import canonicalize_dtype

@@ -99,12 +99,12 @@ def test_bars_hold_for_images(shape, axis, offset):
     np.testing.assert_allclose(state.var, truth.var, rtol=1e-6 if offset <= 1e4 else 1e-5)
 
 
-def test_small_images_are_summed_with_care(shape=(26, 3, 7, 7)):
-    """One sum over all axes would be one number after the other here, off by up to 23 u."""
+def test_small_images_are_summed_with_care(shape=(22, 2, 6, 6)):
+    """One sum over all axes would be one number after the other here, off by 21 u, not 3."""
     measure = jax.jit(lambda x: bn.measure(x, feature_axis=1))
     for seed in range(12):
         x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-        np.testing.assert_allclose(measure(x).var, oracle.forward(x, axis=1).var, rtol=1e-6)
+        np.testing.assert_allclose(measure(x).var, oracle.forward(x, axis=1).var, rtol=8 * oracle.U)
 
 
 # Pooling keeps the bars: it agrees on an origin first, so that no mean is stored on the way.
