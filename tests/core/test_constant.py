@@ -140,3 +140,17 @@ def test_a_single_value_among_zeros(m=200):
     y, _ = bn.batch_norm(x, *bn.init(1), train=True, epsilon=0.0)
     np.testing.assert_allclose(y[0], np.sqrt(m - 1), rtol=1e-6)
     np.testing.assert_allclose(y[1:], -1 / np.sqrt(m - 1), rtol=2e-6)
+
+
+def test_normalizing_by_no_variance_has_finite_derivatives():
+    """Of statistics that are given, too: σ² + ε = 0 gives y = β, and no 0·∞ on the way back."""
+    x, mean, var = jnp.ones((3, 2)), jnp.array([1.0, 0.0]), jnp.array([0.0, 4.0])
+    params = bn.BatchNormParams(jnp.array([2.0, 3.0]), jnp.array([5.0, 7.0]))
+
+    def normalized(x, mean, var, params):
+        return bn.normalize(x, mean, var, params, epsilon=0.0)
+
+    y, pullback = jax.vjp(normalized, x, mean, var, params)
+    np.testing.assert_allclose(y, np.broadcast_to([5.0, 8.5], (3, 2)))
+    for gradient in jax.tree.leaves(pullback(jnp.ones_like(y))):
+        assert jnp.isfinite(gradient).all()
