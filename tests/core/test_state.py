@@ -331,3 +331,15 @@ def test_a_state_per_domain_is_an_index_of_a_leading_axis():
     new = step(1)
     assert_states_equal(jax.tree.map(lambda s: s[0], new), STATE)
     np.testing.assert_array_equal(new.count[1], STATE.count + 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["mean", "var"])
+def test_either_bad_moment_keeps_a_feature_as_it_was(part, bad):
+    """Given to advance as such; of measured data, a bad mean comes with a bad variance."""
+    _, state = bn.init(2)
+    moments = bn.Moments(jnp.ones(2), jnp.full(2, 3.0), jnp.full(2, 5.0))
+    wrong = getattr(moments, part).at[0].set(bad)
+    new = bn.advance(state, moments._replace(**{part: wrong}), bn.Ema(0.5))
+    assert [float(a[0]) for a in new] == [float(a[0]) for a in state]
+    assert [float(a[1]) for a in new] == [0.5, 0.5 + 0.5 * 3 * 5 / 4, 1]
