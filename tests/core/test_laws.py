@@ -268,3 +268,15 @@ def test_where_broadcasts_as_documented(shape):
 
 def expanded(where, x):
     return where[..., None] if where.ndim == x.ndim - 1 else where
+
+
+@pytest.mark.parametrize("axes", [(2, 1), (-1, 1), (-1, -2)])
+def test_feature_axes_may_be_named_in_any_order(axes):
+    """Features stand in the order of x's own axes."""
+    x = np.random.default_rng(0).standard_normal((5, 2, 3)).astype(np.float32)
+    params, state = bn.init((2, 3))
+    run = partial(bn.batch_norm, x, params, state, train=True)
+    for a, b in zip(
+        *map(jax.tree.leaves, (run(feature_axis=axes), run(feature_axis=(1, 2)))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
