@@ -2,10 +2,10 @@
 
 Run it with: bn-jax bench --suite compile
 
-Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, 6 turns: 304 ms for a
-layer where flax takes 223 (1.31 times), 2.4 s for a stack of twenty where flax takes 1.35 (1.8
+Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, 6 turns: 249 ms for a
+layer where flax takes 190 (1.29 times), 1.7 s for a stack of twenty where flax takes 1.2 (1.41
 times). Of the difference, half is tracing: the derivative rule is traced once forward and, in its
-checkpoint, twice backward. After that was measured, select took the place of where: a tenth less.
+checkpoint, twice backward. Two checkpoints of fewer operations each were no faster.
 """
 
 from collections.abc import Callable, Sequence
