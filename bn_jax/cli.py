@@ -67,7 +67,7 @@ def evaluate(run: tyro.conf.Positional[Path], data_dir: Path | None = None) -> N
 
 @app.command
 def bench(
-    suite: Literal["all", "layer", "train-step", "accuracy", "memory", "compile"] = "all",
+    suite: Literal["all", "accuracy", "layer", "train-step", "memory", "compile"] = "all",
     turns: int = 15,
     output_dir: Path | None = None,
     data_dir: Path | None = None,

@@ -36,7 +36,7 @@ import numpy as np
 from rich.table import Table
 
 from bn_jax.bench import oracle
-from bn_jax.bench.peers import OURS, PEERS, Outcome
+from bn_jax.bench.peers import OURS, PEERS
 from bn_jax.bench.report import Bar, Report
 
 OFFSETS = (0.0, 1.0, 1e2, 1e3, 1e4, 1e5)
@@ -57,7 +57,7 @@ def run(
         truths = [oracle.step(x, dy) for x, dy in batches]
         for name in peers:
             found = [
-                errors(PEERS[name](x, dy, "float32", 0.0).outcome(), truth, dy, offset)
+                errors(PEERS[name](x, dy, "float32", 0.0).outcome(), *truth, dy, offset)
                 for (x, dy), truth in zip(batches, truths, strict=True)
             ]
             for quantity in QUANTITIES:
@@ -94,20 +94,26 @@ def nominal_bars(offset: float) -> dict[str, float]:
     }
 
 
-def errors(outcome: Outcome, truth: oracle.Step, dy: np.ndarray, offset: float) -> dict[str, float]:
+def errors(
+    outcome: oracle.Outcome,
+    truth: oracle.Outcome,
+    known: oracle.Forward,
+    dy: np.ndarray,
+    offset: float,
+) -> dict[str, float]:
     """The worst error of each quantity, in the units of its bar; infinite where it is no number."""
     dy = oracle.wide(dy)
     nominal, spread = nominal_bars(offset), np.sqrt(truth.var)
     y_size = np.maximum(1, 8 * oracle.U * np.abs(truth.y) / nominal["y"])
-    mean_term, spread_term = truth.dbias, truth.normalized * truth.dscale
-    along = (np.abs(mean_term) + np.abs(spread_term)) / truth.count
-    terms = (truth.inverse_std * (np.abs(dy) + along)).max(0)
+    mean_term, spread_term = truth.dbias, known.normalized * truth.dscale
+    along = (np.abs(mean_term) + np.abs(spread_term)) / known.count
+    terms = (known.inverse_std * (np.abs(dy) + along)).max(0)
     dx_size = terms if len(dy) < 5 else np.minimum(terms, np.abs(truth.dx).max(0))
     sizes = {
         "var": truth.var,
         "y": y_size,
         "dx": dx_size,
-        "dscale": np.abs(dy * truth.normalized).sum(0),
+        "dscale": np.abs(dy * known.normalized).sum(0),
         "dbias": np.abs(dy).sum(0),
         "mean": ulp(np.maximum(np.abs(truth.mean), spread)),
     }

@@ -57,8 +57,8 @@ def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
     return dx, dscale.squeeze(batch), dbias.squeeze(batch)
 
 
-class Step(NamedTuple):
-    """All that a training step computes, at γ = 1 and β = 0."""
+class Outcome(NamedTuple):
+    """What a training step computes, at γ = 1 and β = 0; the variance is biased."""
 
     y: np.ndarray
     dx: np.ndarray
@@ -66,16 +66,13 @@ class Step(NamedTuple):
     dbias: np.ndarray
     mean: np.ndarray
     var: np.ndarray
-    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
-    normalized: np.ndarray
-    inverse_std: np.ndarray
 
 
 def step(x, dy, *, epsilon=1e-5, weights=None):
-    """Forward and backward."""
+    """A training step, and what its forward pass knew."""
     f = forward(x, epsilon=epsilon, weights=weights)
     gradients = backward(x, dy, epsilon=epsilon, weights=weights)
-    return Step(f.y, *gradients, f.mean, f.var, f.count, f.normalized, f.inverse_std)
+    return Outcome(f.y, *gradients, f.mean, f.var), f
 
 
 def wide(x):

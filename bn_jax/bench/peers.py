@@ -5,7 +5,8 @@ a function that takes a batch and its output's gradient, and builds a `Layer`: w
 (`step`, `infer`) and what is compared (`outcome`). All have the defaults of their library, but for
 the decay of the moving average: 0.99 for all, or 0 to read a batch's own statistics.
 
-To add a peer: write its `build_…` below and name it in PEERS.
+To add a JAX layer, write it as a `Functional` and name it in FUNCTIONAL; any other, as a `Build`
+in PEERS.
 """
 
 import importlib.util
@@ -18,21 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-
-class Outcome(NamedTuple):
-    """What a training step computes, as float64 numpy arrays (batch and features as x has them).
-
-    Attributes:
-        mean: that the layer remembers; of the batch itself at decay 0.
-        var: likewise, biased.
-    """
-
-    y: np.ndarray
-    dx: np.ndarray
-    dscale: np.ndarray
-    dbias: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
+from bn_jax.bench.oracle import Outcome
 
 
 class Layer(NamedTuple):
@@ -41,7 +28,8 @@ class Layer(NamedTuple):
     Attributes:
         step: forward in training mode and backward: y, the new state, all gradients.
         infer: forward by the running statistics.
-        outcome: of a step.
+        outcome: of a step, in float64; mean and var are those the layer remembers, which at decay 0
+            are the batch's own.
     """
 
     step: Callable[[], object]

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 
@@ -13,8 +13,8 @@ from bn_jax.bench.peers import installed
 from bn_jax.bench.plots import save_plots
 from bn_jax.bench.report import Report, environment, save, show
 
-Suite = Literal["layer", "train-step", "accuracy", "memory", "compile"]
-SUITES: tuple[Suite, ...] = ("accuracy", "layer", "train-step", "memory", "compile")
+Suite = Literal["accuracy", "layer", "train-step", "memory", "compile"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",

@@ -163,7 +163,7 @@ def pool(moments: Moments, axis_name: AxisName) -> Moments:
 def origin_of(
     x: Array, axes: Axes, weights: Array | None, axis_name: AxisName | None = None
 ) -> Array:
-    """A point per feature near the mean: a plain sum's of a pilot, or weighted, of all values.
+    """A point per feature near the mean: that of a pilot, or of all values where they are weighed.
 
     A constant: moments do not depend on the origin, so no derivative of any order flows through.
     A constant feature differs from its origin by a few units in the last place; sums of those are

@@ -13,7 +13,6 @@ import pytest
 import bn_jax as bn
 from bn_jax.bench import oracle
 from bn_jax.bench.accuracy import errors, nominal_bars, normal, ulp
-from bn_jax.bench.peers import Outcome
 
 OFFSETS = [0.0, 1e2, 1e4, 1e5]
 
@@ -42,9 +41,9 @@ def step(x, dy, where=None, epsilon=1e-5):
 
 def assert_bars(x, dy, outcome, offset, where=None, epsilon=1e-5):
     y, state, dx, (dscale, dbias) = outcome
-    found = Outcome(y, dx, dscale, dbias, state.mean, state.var)
+    found = oracle.Outcome(y, dx, dscale, dbias, state.mean, state.var)
     truth = oracle.step(x, dy, epsilon=epsilon, weights=where)
-    for quantity, error in errors(found, truth, dy, offset).items():
+    for quantity, error in errors(found, *truth, dy, offset).items():
         assert error <= nominal_bars(offset)[quantity], quantity
 
 

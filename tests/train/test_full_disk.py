@@ -34,7 +34,8 @@ def test_one_message(limit, results):
     assert status == 2
     # Beside it, or even before it on its line, a thread of orbax's may have a word about its event
     # loop, but no log of pages.
-    assert re.search(rf"error: .*{LIMITS[limit]}", stderr), stderr
+    assert len(re.findall(rf"error: .*{LIMITS[limit]}", stderr)) == 1, stderr
+    assert stderr.count("; make room") == 1
     assert "absl" not in stderr
 
 
