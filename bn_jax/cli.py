@@ -3,8 +3,12 @@
 A command is a function; its arguments, types and docstring are its flags and its help.
 """
 
+import _thread
 import logging
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,10 +116,33 @@ def choose_device(device: str) -> None:
         ) from error
 
 
+@contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """See to it that Ctrl-C stops the command also where Python has to ignore exceptions.
+
+    In a callback of the garbage collector, of which JAX has some, a KeyboardInterrupt is printed
+    and forgotten. Here it comes again a moment later, until it arrives where it counts.
+    """
+    report = sys.unraisablehook
+
+    def resend(lost: "sys.UnraisableHookArgs") -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            report(lost)
+
+    sys.unraisablehook = resend
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+
+
 def main() -> None:
     """Run a command; what the user can mend is one line and status 2, not a traceback."""
     try:
-        app.cli(prog="bn-jax", description="Batch normalization for JAX.")
+        with no_interrupt_lost():
+            app.cli(prog="bn-jax", description="Batch normalization for JAX.")
     except (ValueError, OSError) as error:
         stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)

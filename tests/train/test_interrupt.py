@@ -1,5 +1,6 @@
 """Ctrl-C and worse, in real processes: the last checkpoint stays good, and is named."""
 
+import gc
 import json
 import os
 import signal
@@ -100,5 +101,23 @@ def test_a_kill(stopped, start, finish):
 
 def test_while_the_data_is_read(main, capsys, monkeypatch):
     monkeypatch.setattr("bn_jax.train.experiment.load", lambda *_, **__: signal.raise_signal(2))
+    assert main("train") == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_none_is_lost(main, capsys, monkeypatch):
+    """Not in a callback of the garbage collector either, where Python ignores exceptions."""
+
+    def during_collection(*_):
+        gc.callbacks.remove(during_collection)
+        signal.raise_signal(signal.SIGINT)
+
+    def load(*_, **__):
+        gc.callbacks.append(during_collection)
+        gc.collect()
+        time.sleep(60)
+        raise AssertionError("the interrupt was lost")
+
+    monkeypatch.setattr("bn_jax.train.experiment.load", load)
     assert main("train") == 130
     assert capsys.readouterr().err == "stopped\n"
