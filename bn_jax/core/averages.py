@@ -21,7 +21,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Int
 
 from bn_jax.core.dtypes import statistics_dtype
-from bn_jax.core.moments import Moments, share
+from bn_jax.core.moments import Moments
+from bn_jax.core.sums import share
 
 Average = Callable[[Array], ArrayLike]
 """count (a scalar) -> weight kept of the past, in [0, 1]."""

@@ -1,27 +1,22 @@
 """Batch normalization: measure the batch, normalize by it, remember it."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact, Shaped
 
 from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
-from bn_jax.core.axes import (
-    Axes,
-    batch_size,
-    collapse,
-    feature_axes,
-    feature_shape,
-    spread_where,
-)
+from bn_jax.core.axes import Axes, batch_size, feature_axes, spread_where
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
-from bn_jax.core.moments import AxisName, Moments
+from bn_jax.core.ghost import smallest_group, standardize_groups
 from bn_jax.core.normalize import BatchNormParams, check_epsilon, check_features, normalize
+from bn_jax.core.replicas import AxisIndexGroups, AxisName, Replicas, read_replicas
 from bn_jax.core.standardize import standardize
 
 
@@ -73,6 +68,8 @@ def batch_norm(
     where: Shaped[Array | np.ndarray, "..."] | None = None,
     unbiased: bool = True,
     axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    group_size: int | None = None,
 ) -> tuple[Inexact[Array, "..."], BatchNormState]:
     """Normalize each feature by the batch and remember the batch, or by what was remembered.
 
@@ -94,13 +91,23 @@ def batch_norm(
         feature_axis: the axes that are kept, negatives allowed; 1 for [batch, channels, ...].
         where: which values count in the batch's statistics: a bool mask (True counts) or
             non-negative float weights, of x's shape, or x's shape without the feature axes, or
-            broadcastable to either. Outputs are given for all of x; excluded values that are not
-            finite give y = β, and spoil no gradient. Not used at inference.
+            broadcastable to either. Differentiable if float. Outputs are given for all of x;
+            excluded values that are not finite give y = β, and spoil no gradient. Not used at
+            inference.
         unbiased: remember the variance times m/(m - 1), as the paper does; False remembers σ²
-            itself, as flax and keras do. Normalization uses σ² itself in either case.
+            itself, as flax and keras do. Normalization uses σ² itself in either case. Of weights,
+            m is their sum: a weight of k counts as k values. y does not depend on their scale;
+            importances w are scaled to the effective count (Σw)²/Σw² (Kish 1965) by
+            where = w·Σw/Σw².
         axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
             pmap. If it is forgotten under shard_map, JAX refuses to return the state as
             replicated. Not used at inference.
+        axis_index_groups: pool within groups of that axis only, a partition of its indices, e.g.
+            [[0, 1], [2, 3]]. Each group has a state of its own.
+        group_size: ghost batch norm: each group of this many neighbours on the leading batch axis
+            is normalized by its own statistics; examples left over form a last, smaller group. The
+            state moves towards the moments of all groups together, with axis_name those of all
+            members, so that it does not depend on group_size. Not used at inference.
 
     Returns:
         (y, state): y of x's shape and dtype. A feature's state stays as it was where the batch is
@@ -108,8 +115,9 @@ def batch_norm(
 
     Raises:
         TypeError: x is not inexact, train is traced or no bool, where is neither bool nor float,
-            params or state is of another kind, average is no function.
-        ValueError: a shape does not fit x; epsilon is negative; training with one value per
+            params or state is of another kind, average is no function, group_size no integer.
+        ValueError: a shape does not fit x; epsilon is negative; axis_index_groups do not hold each
+            index of the axis once; group_size is not positive; training with one value per
             feature, whose variance is always zero.
         NameError: axis_name is not bound here.
 
@@ -136,16 +144,14 @@ def batch_norm(
                 x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis
             ), state
 
-        check_batch(x, axes, axis_name)
+        replicas = read_replicas(axis_name, axis_index_groups)
+        check_batch(x, axes, replicas, group_size)
         check_epsilon(epsilon)
         epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
-        shape, features = x.shape, state.mean.shape
-        x, axes = collapse(x, axes)
-        weights = None if weights is None else weights.reshape(x.shape)
-        params = jax.tree.map(lambda p: jnp.asarray(p).reshape(feature_shape(x, axes)), params)
-        y, moments = standardize(axes, axis_name, x, params, epsilon, weights)
-        moments = Moments(*(part.reshape(features) for part in moments))
-        return y.reshape(shape), advance(state, moments, average, unbiased=unbiased)
+        params = jax.tree.map(jnp.asarray, params)
+        act = standardize if group_size is None else partial(standardize_groups, group_size)
+        y, moments = act(axes, replicas, x, params, epsilon, weights)
+        return y, advance(state, moments, average, unbiased=unbiased)
 
 
 def check_train(train: object) -> None:
@@ -169,19 +175,16 @@ def check_kind(name: str, value: object, kind: type) -> None:
         )
 
 
-def check_batch(x: Array, axes: Axes, axis_name: AxisName | None) -> None:
-    """Refuse an unbound axis name, and a batch whose variance is zero whatever it holds."""
-    members = 1
-    if axis_name is not None:
-        try:
-            members = lax.axis_size(axis_name)
-        except NameError as error:
-            raise NameError(
-                f"axis_name={axis_name!r} is not bound here; bind it where the batch is split, "
-                f"e.g. jax.vmap(f, axis_name={axis_name!r}) or jax.shard_map, or leave it out "
-                "for the statistics of this array alone"
-            ) from error
-    if batch_size(x, axes) * members == 1:
+def check_batch(x: Array, axes: Axes, replicas: Replicas | None, group_size: int | None) -> None:
+    """Refuse a batch whose variance is zero whatever it holds."""
+    if group_size is not None:
+        if smallest_group(x, axes, group_size) == 1:
+            raise ValueError(
+                f"training needs more than one value per feature, but group_size={group_size} "
+                f"leaves a group of one of x of shape {x.shape}: its variance is zero and y is "
+                "bias whatever x is; choose a group_size that leaves no single example over"
+            )
+    elif batch_size(x, axes) * (replicas.fewest if replicas else 1) == 1:
         raise ValueError(
             f"training needs more than one value per feature, but x of shape {x.shape} has one "
             f"on feature axes {axes}: its variance is zero and y is bias whatever x is; use a "

@@ -28,39 +28,47 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from bn_jax.core.apart import apart
-from bn_jax.core.axes import Axes, spread
-from bn_jax.core.moments import (
-    AxisName,
-    Moments,
-    add_up,
-    center,
-    moments_of,
-    origin_of,
-    share,
-    shift,
-    square,
-    without_padding,
-)
+from bn_jax.core.axes import Axes, collapse, feature_shape, spread
+from bn_jax.core.moments import Moments, moments_of, shift
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
+from bn_jax.core.replicas import Replicas
+from bn_jax.core.sums import add_up, center, origin_of, share, square, without_padding
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def standardize(
     axes: Axes,
-    axis_name: AxisName | None,
+    replicas: Replicas | None,
     x: Array,
     params: BatchNormParams,
     epsilon: ArrayLike,
     weights: Array | None,
 ) -> tuple[Array, Moments]:
     """Y in x's dtype, and the moments it was normalized by, through which no gradient flows."""
-    y, origin, near = forward(axes, axis_name, x, params, epsilon, weights)
+    shape, features = x.shape, feature_shape(x, axes)
+    x, axes = collapse(x, axes)
+    weights = None if weights is None else weights.reshape(x.shape)
+    params = jax.tree.map(lambda values: values.reshape(feature_shape(x, axes)), params)
+    y, moments = normalized(axes, replicas, x, params, epsilon, weights)
+    return y.reshape(shape), jax.tree.map(lambda part: part.reshape(features), moments)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def normalized(
+    axes: Axes,
+    replicas: Replicas | None,
+    x: Array,
+    params: BatchNormParams,
+    epsilon: ArrayLike,
+    weights: Array | None,
+) -> tuple[Array, Moments]:
+    """The same, of an array of at most six axes: what the rule below differentiates."""
+    y, origin, near = forward(axes, replicas, x, params, epsilon, weights)
     return y, shift(near, origin)
 
 
 def forward(
     axes: Axes,
-    axis_name: AxisName | None,
+    replicas: Replicas | None,
     x: Array,
     params: BatchNormParams,
     epsilon: ArrayLike,
@@ -71,19 +79,19 @@ def forward(
     BN(x) = BN(x - origin): about the origin all statistics are small numbers, and none of them is
     rounded at the size of the mean.
     """
-    origin = origin_of(x, axes, weights, axis_name)
-    near = moments_of(add_up(x, origin, axes, weights, axis_name))
+    origin = origin_of(x, axes, weights, replicas)
+    near = moments_of(add_up(x, origin, axes, weights, replicas))
     deviation = without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
     y = transform(deviation, inverse_std(near.var, epsilon), params, axes)
     return y.astype(x.dtype), origin, near
 
 
-@functools.partial(standardize.defjvp, symbolic_zeros=True)
-def standardize_jvp(
-    axes: Axes, axis_name: AxisName | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+@functools.partial(normalized.defjvp, symbolic_zeros=True)
+def normalized_jvp(
+    axes: Axes, replicas: Replicas | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """The rule of the module's docstring."""
-    y, origin, near = forward(axes, axis_name, *primals)
+    y, origin, near = forward(axes, replicas, *primals)
     x_dot, params_dot, epsilon_dot, weights_dot = tangents
     dots = (
         None if is_zero(x_dot) else x_dot,
@@ -92,14 +100,14 @@ def standardize_jvp(
         None if weights_dot is None or is_zero(weights_dot) else weights_dot,
     )
     # What goes into the checkpoint is x and numbers per feature: no more is kept for transposing.
-    push = jax.checkpoint(functools.partial(push_forward, axes, axis_name), prevent_cse=False)
+    push = jax.checkpoint(functools.partial(push_forward, axes, replicas), prevent_cse=False)
     y_dot = push(origin, near, primals, dots)
     return (y, shift(near, origin)), (y_dot, jax.tree.map(jnp.zeros_like, near))
 
 
 def push_forward(
     axes: Axes,
-    axis_name: AxisName | None,
+    replicas: Replicas | None,
     origin: Array,
     near: Moments,
     primals: tuple[Any, ...],
@@ -119,9 +127,7 @@ def push_forward(
         at, along = (again.astype(wide), weights), (x_dot, weights_dot)
         if weights_dot is None:
             at, along = at[:1], along[:1]
-        _, dot = jax.jvp(
-            lambda x, w=weights: add_up(x, origin_again, axes, w, axis_name), at, along
-        )
+        _, dot = jax.jvp(lambda x, w=weights: add_up(x, origin_again, axes, w, replicas), at, along)
         # With d = x - origin, μ = origin + E[d] and σ² = E|d|² - |E[d]|².
         each = share(jnp.ones_like(near.count), near.count)
         mean_dot = each.astype(wide) * (dot.total - mean * dot.count.astype(wide))

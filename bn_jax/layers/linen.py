@@ -18,7 +18,7 @@ from bn_jax.core.axes import feature_axes, feature_shape
 from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
-from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask, refuse_groups
+from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask
 
 
 class BatchNorm(nn.Module):
@@ -55,7 +55,8 @@ class BatchNorm(nn.Module):
         scale_init: initializer of γ.
         axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
             pmap. Under plain jit there is nothing to name: the batch is whole.
-        axis_index_groups: not supported yet; must be None.
+        axis_index_groups: pool within groups of that axis only, a partition of its indices. Works
+            under vmap and shard_map too.
         use_fast_variance: no effect, accepted for flax's sake: there is one way to compute the
             variance, in one pass and without cancellation.
         force_float32_reductions: no effect, accepted for flax's sake: reductions and new
@@ -66,6 +67,9 @@ class BatchNorm(nn.Module):
             which counts from zero where a checkpoint has none. None is flax's average,
             `bn_jax.Ema(momentum)`, without that variable.
         unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
+        group_size: ghost batch norm: each group of this many examples, neighbours on the leading
+            batch axis, is normalized by its own statistics; what is remembered are those of all
+            groups together. None for the whole batch.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
@@ -94,6 +98,7 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     average: Average | None = None
     unbiased: bool = False
+    group_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -122,7 +127,7 @@ class BatchNorm(nn.Module):
             TypeError: use_running_average is traced.
             ValueError: use_running_average is given twice or not at all; training with one value
                 per feature; a variable does not fit x, or mask does not, or does in two ways;
-                axis_index_groups is not None.
+                axis_index_groups do not hold each index of the axis once.
             NameError: axis_name is not bound here.
             flax.errors.ModifyScopeVariableError: training while `batch_stats` is not mutable.
         """
@@ -130,7 +135,6 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         check_flag(evaluate)
-        refuse_groups(self.axis_index_groups)
         x = jnp.asarray(x)
         axes = feature_axes(x, self.axis)
         shape = feature_shape(x, axes)
@@ -167,6 +171,8 @@ class BatchNorm(nn.Module):
             where=where,
             unbiased=self.unbiased,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            group_size=self.group_size,
         )
         if not evaluate:
             mean.value, var.value = state.mean, state.var

@@ -20,7 +20,7 @@ from bn_jax.core.averages import Average, BatchNormState, Ema
 from bn_jax.core.axes import feature_axes
 from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask, refuse_groups
+from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask
 
 
 class BatchNorm(nnx.Module):
@@ -68,7 +68,8 @@ class BatchNorm(nnx.Module):
         scale_init: initializer of γ.
         axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
             pmap. Under plain jit there is nothing to name: the batch is whole.
-        axis_index_groups: not supported yet; must be None.
+        axis_index_groups: pool within groups of that axis only, a partition of its indices. Works
+            under vmap and shard_map too.
         use_fast_variance: no effect, accepted for flax's sake: there is one way to compute the
             variance, in one pass and without cancellation.
         promote_dtype: (x, mean, var, scale, bias), dtype -> the same in a common dtype. What it
@@ -81,6 +82,9 @@ class BatchNorm(nnx.Module):
             schedule. It replaces momentum, and needs a third `nnx.BatchStat`, `count`. None is
             flax's average, `bn_jax.Ema(momentum)`, without that variable.
         unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
+        group_size: ghost batch norm: each group of this many examples, neighbours on the leading
+            batch axis, is normalized by its own statistics; what is remembered are those of all
+            groups together. None for the whole batch.
 
     >>> import jax
     >>> from flax import nnx
@@ -114,8 +118,8 @@ class BatchNorm(nnx.Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         average: Average | None = None,
         unbiased: bool = False,
+        group_size: int | None = None,
     ):
-        refuse_groups(axis_index_groups)
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, mean_dtype(dtype, param_dtype)))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
@@ -147,6 +151,7 @@ class BatchNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.average = average
         self.unbiased = unbiased
+        self.group_size = group_size
 
     def __call__(
         self,
@@ -203,6 +208,8 @@ class BatchNorm(nnx.Module):
             where=read_mask(mask, x, axes),
             unbiased=self.unbiased,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            group_size=self.group_size,
         )
         if not evaluate:
             self.mean[...], self.var[...] = state.mean, state.var

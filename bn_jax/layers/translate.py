@@ -1,7 +1,7 @@
 """Flax's arguments in the core's words: what the two shells have in common.
 
-Three instances: flax's rule for the dtype of the result, flax's reading of a mask, flax's axis
-groups. No arithmetic; the core does all of it.
+Three instances: the rule for the dtype of the result, the reading of a mask, the refusal of a
+traced flag. No arithmetic; the core does all of it.
 """
 
 import jax
@@ -102,18 +102,4 @@ def check_flag(use_running_average: object) -> None:
         raise TypeError(
             "use_running_average is traced, but must be a Python bool: mark it static, e.g. "
             "jax.jit(f, static_argnames='train'), or bind it, functools.partial(f, train=True)"
-        )
-
-
-def refuse_groups(axis_index_groups: object) -> None:
-    """Refuse what the core cannot do yet.
-
-    Raises:
-        ValueError: axis_index_groups is not None.
-    """
-    if axis_index_groups is not None:
-        raise ValueError(
-            f"axis_index_groups={axis_index_groups} is not supported yet; leave it None and split "
-            "the axis into two named ones, one for the groups and one for the members of a group, "
-            "with axis_name naming the second"
         )

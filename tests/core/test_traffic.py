@@ -10,7 +10,7 @@ import pytest
 import bn_jax as bn
 from bn_jax.bench import oracle
 from bn_jax.core.apart import apart
-from bn_jax.core.moments import pilot
+from bn_jax.core.sums import pilot
 
 SHAPE = (16, 28, 28, 32)
 fuses = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def test_half_precision_writes_little_more():
 @fuses
 def test_without_apart_there_would_be_more(monkeypatch):
     """The proof can fail."""
-    monkeypatch.setattr("bn_jax.core.moments.apart", lambda values, copies: [values] * copies)
+    monkeypatch.setattr("bn_jax.core.sums.apart", lambda values, copies: [values] * copies)
     monkeypatch.setattr("bn_jax.core.standardize.apart", lambda values, copies: [values] * copies)
     assert len(written(jnp.float32)) > 2
 

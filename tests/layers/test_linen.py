@@ -34,7 +34,7 @@ def test_constructor_is_flax_and_more():
     ours = [f for f in ours if f.name not in ("parent", "name")]
     theirs = [f for f in theirs if f.name not in ("parent", "name")]
     assert [f.name for f in ours[: len(theirs)]] == [f.name for f in theirs]
-    assert [f.name for f in ours[len(theirs) :]] == ["average", "unbiased"]
+    assert [f.name for f in ours[len(theirs) :]] == ["average", "unbiased", "group_size"]
     for our, their in zip(ours, theirs, strict=False):
         assert our.default == their.default, our.name
 
@@ -144,9 +144,33 @@ def test_statistics_do_not_fit():
         BatchNorm(use_scale=False, use_bias=False).apply(variables, X[:, :3], True)
 
 
-def test_groups_are_refused():
-    with pytest.raises(ValueError, match="axis_index_groups"):
-        BatchNorm(axis_name="i", axis_index_groups=[[0, 1], [2, 3]]).init(KEY, X, True)
+class TestGroups:
+    """Of devices (axis_index_groups) and of examples (group_size): as the core does it."""
+
+    def test_of_devices(self):
+        layer = BatchNorm(axis_name="i", axis_index_groups=[[0, 2], [1, 3]])
+        variables = BatchNorm().init(KEY, X, True)
+        members = X.reshape(4, 2, 5)
+        y, updates = jax.vmap(lambda x: train(layer, variables, x), axis_name="i")(members)
+        for pair in ([0, 2], [1, 3]):
+            together, alone = train(BatchNorm(), variables, members[pair, ...].reshape(4, 5))
+            np.testing.assert_allclose(y[pair, ...].reshape(4, 5), together, atol=1e-6)
+            for name, value in alone["batch_stats"].items():
+                np.testing.assert_allclose(updates["batch_stats"][name][pair[1]], value, rtol=1e-6)
+
+    def test_that_do_not_fit(self):
+        layer = BatchNorm(axis_name="i", axis_index_groups=[[0, 1], [1]])
+        variables = BatchNorm().init(KEY, X, True)
+        with pytest.raises(ValueError, match=r"must hold each of the 4 indices of axis 'i' once"):
+            jax.vmap(lambda x: train(layer, variables, x), axis_name="i")(X.reshape(4, 2, 5))
+
+    def test_of_examples(self):
+        y, variables = trained(BatchNorm(group_size=4, momentum=0))
+        whole = trained(BatchNorm(momentum=0))[1]
+        for part, part_y in zip(jnp.split(X, 2), jnp.split(y, 2), strict=True):
+            np.testing.assert_allclose(part_y, trained(BatchNorm(), part)[0], atol=1e-6)
+        for name, value in whole["batch_stats"].items():
+            np.testing.assert_allclose(variables["batch_stats"][name], value, rtol=1e-6)
 
 
 def test_momentum_is_checked():

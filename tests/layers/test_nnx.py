@@ -31,7 +31,7 @@ def test_constructor_is_flax_and_more():
     ours, theirs = parameters(BatchNorm.__init__), parameters(nnx.BatchNorm.__init__)
     newer = ["promote_dtype", "bias_metadata", "scale_metadata"]
     known = [name for name in ours if name in theirs or name not in newer]
-    assert known == [*theirs, "average", "unbiased"]
+    assert known == [*theirs, "average", "unbiased", "group_size"]
     for name, their in theirs.items():
         assert ours[name].default == their.default, name
         assert ours[name].kind == their.kind, name
@@ -113,9 +113,30 @@ class TestErrorsOfFlax:
             make(norm, dtype=jnp.int32)(X)
 
 
-def test_groups_are_refused():
-    with pytest.raises(ValueError, match="axis_index_groups"):
-        make(axis_name="i", axis_index_groups=[[0, 1], [2, 3]])
+class TestGroups:
+    """Of devices (axis_index_groups) and of examples (group_size): as the core does it."""
+
+    def test_of_devices(self):
+        layer = make(axis_name="i", axis_index_groups=[[0, 2], [1, 3]])
+        members = X.reshape(4, 2, 5)
+
+        graph, variables = nnx.split(layer)
+
+        def forward(x):
+            return nnx.merge(graph, variables, copy=True)(x)
+
+        y = jax.vmap(forward, axis_name="i")(members)
+        for pair in ([0, 2], [1, 3]):
+            together = make()(members[pair, ...].reshape(4, 5))
+            np.testing.assert_allclose(y[pair, ...].reshape(4, 5), together, atol=1e-6)
+
+    def test_of_examples(self):
+        layer, whole = make(group_size=4, momentum=0.0), make(momentum=0.0)
+        y, _ = layer(X), whole(X)
+        for part, part_y in zip(jnp.split(X, 2), jnp.split(y, 2), strict=True):
+            np.testing.assert_allclose(part_y, make()(part), atol=1e-6)
+        np.testing.assert_allclose(layer.mean[...], whole.mean[...], rtol=1e-6)
+        np.testing.assert_allclose(layer.var[...], whole.var[...], rtol=1e-6)
 
 
 def test_features_do_not_fit():
