@@ -10,10 +10,12 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 Axes = tuple[int, ...]
 
@@ -48,6 +50,11 @@ def batch_axes(x: Array, axes: Axes) -> Axes:
 def feature_shape(x: Array, axes: Axes) -> tuple[int, ...]:
     """The shape of one value per feature, in the order of x's own axes."""
     return tuple(x.shape[axis] for axis in axes)
+
+
+def feature_spec(x: Array, axes: Axes) -> PartitionSpec:
+    """How one value per feature is spread over an explicit mesh, where x is."""
+    return PartitionSpec(*(jax.typeof(x).sharding.spec[axis] for axis in axes))
 
 
 def batch_size(x: Array, axes: Axes) -> int:

@@ -66,12 +66,20 @@ def smallest_group(x: Array, axes: Axes, group_size: int) -> int:
 
     Raises:
         TypeError: group_size is traced, or no integer.
-        ValueError: group_size is not positive.
+        ValueError: group_size is not positive, or a group spans shards of an explicit mesh.
     """
     if isinstance(group_size, jax.core.Tracer) or not isinstance(group_size, int | np.integer):
         raise TypeError(f"group_size={group_size} must be a Python int, e.g. 32")
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be positive, e.g. 32")
     lengths = [x.shape[axis] for axis in batch_axes(x, axes)]
+    if lengths and group_size < lengths[0]:
+        sharding = jax.typeof(x).sharding
+        local = sharding.shard_shape(x.shape)[batch_axes(x, axes)[0]]
+        if local % group_size and local < lengths[0]:
+            raise ValueError(
+                f"group_size={group_size} spans shards of {local} examples of an explicit mesh; "
+                f"choose a divisor of {local}, or spread the batch over an Auto mesh"
+            )
     examples = [length % group_size or min(length, group_size) for length in lengths[:1]]
     return math.prod(examples + lengths[1:])

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Float, Inexact
 
 from bn_jax.core.apart import apart
-from bn_jax.core.axes import Axes, batch_axes, batch_size, feature_shape, spread
+from bn_jax.core.axes import Axes, batch_axes, batch_size, feature_shape, feature_spec, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.replicas import Replicas, sum_over
 
@@ -138,7 +138,8 @@ def count_of(x: Array, axes: Axes, weights: Array | None) -> Array:
     """Per feature, the number of values or the sum of their weights."""
     real = real_dtype(statistics_dtype(x.dtype))
     if weights is None:
-        return jnp.full(feature_shape(x, axes), batch_size(x, axes), real)
+        sharding = jax.typeof(x).sharding.update(spec=feature_spec(x, axes))
+        return lax.full(feature_shape(x, axes), batch_size(x, axes), real, sharding=sharding)
     return add_over(weights.astype(real), batch_axes(x, axes))
 
 
