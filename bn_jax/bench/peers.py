@@ -64,7 +64,7 @@ Make = Callable[[Shape, float], Functional]
 """(shape of x, decay) -> a JAX layer."""
 
 
-def ours(shape: Shape, decay: float) -> Functional:
+def ours(shape: Shape, decay: float, *, axis_name: str | None = None) -> Functional:
     """bn_jax.batch_norm."""
     import bn_jax as bn
 
@@ -72,16 +72,18 @@ def ours(shape: Shape, decay: float) -> Functional:
     average = bn.DebiasedEma(decay)
 
     def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
-        return bn.batch_norm(x, params, state, train=train, average=average)
+        return bn.batch_norm(x, params, state, train=train, average=average, axis_name=axis_name)
 
     return Functional(params, state, apply, lambda s: (s.mean, s.var), unbiased=True)
 
 
-def flax(shape: Shape, decay: float, *, fast: bool = True) -> Functional:
+def flax(
+    shape: Shape, decay: float, *, fast: bool = True, axis_name: str | None = None
+) -> Functional:
     """flax.linen.BatchNorm as it comes: the variance is E[x²] - E[x]²."""
     import flax.linen as nn
 
-    layer = nn.BatchNorm(momentum=decay, use_fast_variance=fast)
+    layer = nn.BatchNorm(momentum=decay, use_fast_variance=fast, axis_name=axis_name)
     variables = layer.init(jax.random.key(0), jnp.zeros(shape), use_running_average=True)
 
     def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:

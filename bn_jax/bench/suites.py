@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 from rich.console import Console
 
-from bn_jax.bench import accuracy, compile_time, layer, memory, train_step
+from bn_jax.bench import accuracy, compile_time, layer, memory, scaling, train_step
 from bn_jax.bench.peers import installed
 from bn_jax.bench.plots import save_plots
 from bn_jax.bench.report import Report, environment, save, show
 
-Suite = Literal["accuracy", "layer", "train-step", "memory", "compile"]
+Suite = Literal["accuracy", "layer", "train-step", "memory", "compile", "scaling"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
 ALLOCATOR = {
@@ -62,4 +62,6 @@ def run_suite(suite: Suite, peers: Sequence[str], turns: int, data_dir: Path | N
         return train_step.run(turns=turns, data_dir=data_dir)
     if suite == "memory":
         return memory.run(peers)
+    if suite == "scaling":
+        return scaling.run()
     return compile_time.run(peers, turns=turns)
