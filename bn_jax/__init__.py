@@ -21,5 +21,6 @@ from bn_jax.core.moments import pool as pool
 from bn_jax.core.normalize import BatchNormParams as BatchNormParams
 from bn_jax.core.normalize import as_affine as as_affine
 from bn_jax.core.normalize import normalize as normalize
+from bn_jax.core.pool_states import pool_states as pool_states
 
 __version__ = "0.1.0"

@@ -106,7 +106,7 @@ def errors(
     nominal, spread = nominal_bars(offset), np.sqrt(truth.var)
     y_size = np.maximum(1, 8 * oracle.U * np.abs(truth.y) / nominal["y"])
     mean_term, spread_term = truth.dbias, known.normalized * truth.dscale
-    along = (np.abs(mean_term) + np.abs(spread_term)) / known.count
+    along = (np.abs(mean_term) + np.abs(spread_term)) / np.where(known.count > 0, known.count, 1)
     terms = (known.inverse_std * (np.abs(dy) + along)).max(0)
     dx_size = terms if len(dy) < 5 else np.minimum(terms, np.abs(truth.dx).max(0))
     sizes = {

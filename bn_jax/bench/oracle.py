@@ -46,6 +46,8 @@ def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
     """The paper's gradients, (dx, dγ, dβ), after simplification; wᵢ/m in the place of 1/m.
 
     dβ = Σ dy,  dγ = Σ dy·x̂,  dxᵢ = γ r (dyᵢ - (wᵢ/m) (Σ dy + x̂ᵢ Σ dy·x̂)).
+    Padding that is not finite has y = β whatever the others are: its dx is 0, and of dy in dx's
+    sums it has no part.
     """
     f = forward(x, epsilon=epsilon, axis=axis, weights=weights)
     weights, batch, dy = filled(x, weights, axis), batch_axes(wide(x), axis), wide(dy)
@@ -53,7 +55,10 @@ def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
     dscale = (dy * f.normalized).sum(batch, keepdims=True)
     outer = along(scale, dy, axis) * along(f.inverse_std, dy, axis)
     count = np.maximum(weights.sum(batch, keepdims=True), np.finfo(float).tiny)
-    dx = outer * (dy - weights / count * (dbias + f.normalized * dscale))
+    padding = (weights == 0) & ~np.isfinite(wide(x))
+    dmean = np.where(padding, 0, dy).sum(batch, keepdims=True)
+    dx = outer * (dy - weights / count * (dmean + f.normalized * dscale))
+    dx = np.where(padding, 0, dx)
     return dx, dscale.squeeze(batch), dbias.squeeze(batch)
 
 

@@ -15,6 +15,7 @@ from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
 from bn_jax.core.axes import Axes, batch_size, feature_axes, spread_where
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.ghost import smallest_group, standardize_groups
+from bn_jax.core.moments import shift
 from bn_jax.core.normalize import BatchNormParams, check_epsilon, check_features, normalize
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, Replicas, read_replicas
 from bn_jax.core.standardize import standardize
@@ -150,8 +151,8 @@ def batch_norm(
         epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
         params = jax.tree.map(jnp.asarray, params)
         act = standardize if group_size is None else partial(standardize_groups, group_size)
-        y, moments = act(axes, replicas, x, params, epsilon, weights)
-        return y, advance(state, moments, average, unbiased=unbiased)
+        y, origin, near = act(axes, replicas, x, params, epsilon, weights)
+        return y, advance(state, shift(origin, near), average, unbiased=unbiased)
 
 
 def check_train(train: object) -> None:

@@ -11,10 +11,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from bn_jax.core.axes import Axes, batch_axes, feature_shape
-from bn_jax.core.moments import Moments, pool_by
+from bn_jax.core.moments import Moments, pool_about
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.core.replicas import Replicas, sum_over
 from bn_jax.core.standardize import standardize
@@ -28,8 +28,8 @@ def standardize_groups(
     params: BatchNormParams,
     epsilon: Array,
     weights: Array | None,
-) -> tuple[Array, Moments]:
-    """Y, normalized group by group, and the moments of all groups of all replicas.
+) -> tuple[Array, Array, Moments]:
+    """Y, normalized group by group; an origin, and the moments about it of all replicas' groups.
 
     Groups are neighbours on the leading batch axis. What is left over is a last, smaller group.
     """
@@ -51,14 +51,15 @@ def standardize_groups(
         lambda values: jnp.broadcast_to(jnp.expand_dims(values, place), per_group), params
     )
     axes = (*axes[:place], lead, *(axis + 1 for axis in axes[place:]))
-    y, moments = standardize(axes, None, x, params, epsilon, weights)
+    y, origin, near = standardize(axes, None, x, params, epsilon, weights)
 
     def add(parts: Any) -> Any:
         sums = jax.tree.map(lambda part: jnp.sum(part, place, keepdims=True), parts)
         return sum_over(sums, replicas)
 
-    moments = jax.tree.map(lambda part: part.reshape(features), pool_by(moments, add))
-    return jax.lax.slice_in_dim(y.reshape(whole), 0, examples, axis=lead), moments
+    pooled = pool_about(origin, near, add)
+    origin, near = jax.tree.map(lambda part: part.reshape(features), pooled)
+    return lax.slice_in_dim(y.reshape(whole), 0, examples, axis=lead), origin, near
 
 
 def smallest_group(x: Array, axes: Axes, group_size: int) -> int:
@@ -74,12 +75,19 @@ def smallest_group(x: Array, axes: Axes, group_size: int) -> int:
         raise ValueError(f"group_size={group_size} must be positive, e.g. 32")
     lengths = [x.shape[axis] for axis in batch_axes(x, axes)]
     if lengths and group_size < lengths[0]:
-        sharding = jax.typeof(x).sharding
-        local = sharding.shard_shape(x.shape)[batch_axes(x, axes)[0]]
-        if local % group_size and local < lengths[0]:
+        shard = shard_length(x, batch_axes(x, axes)[0])
+        if shard % group_size and shard < lengths[0]:
             raise ValueError(
-                f"group_size={group_size} spans shards of {local} examples of an explicit mesh; "
-                f"choose a divisor of {local}, or spread the batch over an Auto mesh"
+                f"group_size={group_size} spans shards of {shard} examples of an explicit mesh; "
+                f"choose a divisor of {shard}, or spread the batch over an Auto mesh"
             )
     examples = [length % group_size or min(length, group_size) for length in lengths[:1]]
     return math.prod(examples + lengths[1:])
+
+
+def shard_length(x: Array, axis: int) -> int:
+    """The length of an axis on each device of an explicit mesh; elsewhere, all of it."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    return x.shape[axis] // math.prod(sharding.mesh.shape[name] for name in names)

@@ -74,7 +74,7 @@ def measure(
     x, axes = collapse(x, axes)
     weights = None if weights is None else weights.reshape(x.shape)
     origin = origin_of(x, axes, weights)
-    moments = shift(moments_of(add_up(x, origin, axes, weights)), origin)
+    moments = shift(origin, moments_of(add_up(x, origin, axes, weights)))
     return Moments(*(part.reshape(features) for part in moments))
 
 
@@ -130,19 +130,23 @@ def pool(
     True
     """
     replicas = read_replicas(axis_name, axis_index_groups)
-    return pool_by(moments, lambda parts: sum_over(parts, replicas))
+    here = moments._replace(mean=jnp.zeros_like(moments.mean))
+    return shift(*pool_about(moments.mean, here, lambda parts: sum_over(parts, replicas)))
 
 
 # The pieces from which `measure`, `pool` and `batch_norm` are put together.
 
 
-def pool_by(moments: Moments, add: Callable[[Any], Any]) -> Moments:
-    """The moments of many sets of values, by a function that adds arrays up over all sets."""
-    mean, var, count = moments
-    origin = shared_origin(mean, count, add)
-    mean = mean - origin
+def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple[Array, Moments]:
+    """The moments of many sets of values, by a function that adds arrays up over all sets.
+
+    Of each set, the moments of x - origin are given, and returned those about one origin of all. No
+    mean is stored on the way at its own size, where its rounding is σ·10⁻³ at a mean of 10⁴ σ.
+    """
+    everywhere = shared_origin(origin, near.count, add)
+    mean, var, count = near.mean + (origin - everywhere), near.var, near.count
     sums = Sums(count.astype(mean.dtype) * mean, count * (var + square(mean)), count)
-    return shift(moments_of(add(sums)), origin)
+    return everywhere, moments_of(add(sums))
 
 
 def moments_of(sums: Sums) -> Moments:
@@ -152,7 +156,7 @@ def moments_of(sums: Sums) -> Moments:
     return Moments(mean, jnp.maximum(var, jnp.zeros_like(var)), sums.count)
 
 
-def shift(moments: Moments, by: Array) -> Moments:
+def shift(by: Array, moments: Moments) -> Moments:
     """The moments of x + by; where nothing was seen, nothing moves."""
     seen = moments.count > 0
     return moments._replace(mean=lax.select(seen, moments.mean + by, moments.mean))

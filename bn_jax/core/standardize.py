@@ -29,7 +29,7 @@ from jax.typing import ArrayLike
 
 from bn_jax.core.apart import apart
 from bn_jax.core.axes import Axes, collapse, feature_shape, spread
-from bn_jax.core.moments import Moments, moments_of, shift
+from bn_jax.core.moments import Moments, moments_of
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
 from bn_jax.core.replicas import Replicas
 from bn_jax.core.sums import add_up, center, origin_of, share, square, without_padding
@@ -42,28 +42,17 @@ def standardize(
     params: BatchNormParams,
     epsilon: ArrayLike,
     weights: Array | None,
-) -> tuple[Array, Moments]:
-    """Y in x's dtype, and the moments it was normalized by, through which no gradient flows."""
+) -> tuple[Array, Array, Moments]:
+    """Y in x's dtype, an origin near the mean, and the moments of x - origin.
+
+    No gradient flows through origin and moments.
+    """
     shape, features = x.shape, feature_shape(x, axes)
     x, axes = collapse(x, axes)
     weights = None if weights is None else weights.reshape(x.shape)
     params = jax.tree.map(lambda values: values.reshape(feature_shape(x, axes)), params)
-    y, moments = normalized(axes, replicas, x, params, epsilon, weights)
-    return y.reshape(shape), jax.tree.map(lambda part: part.reshape(features), moments)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def normalized(
-    axes: Axes,
-    replicas: Replicas | None,
-    x: Array,
-    params: BatchNormParams,
-    epsilon: ArrayLike,
-    weights: Array | None,
-) -> tuple[Array, Moments]:
-    """The same, of an array of at most six axes: what the rule below differentiates."""
-    y, origin, near = forward(axes, replicas, x, params, epsilon, weights)
-    return y, shift(near, origin)
+    y, *statistics = normalized(axes, replicas, x, params, epsilon, weights)
+    return y.reshape(shape), *jax.tree.map(lambda part: part.reshape(features), statistics)
 
 
 def forward(
@@ -74,7 +63,7 @@ def forward(
     epsilon: ArrayLike,
     weights: Array | None,
 ) -> tuple[Array, Array, Moments]:
-    """Y, an origin near the mean, and the moments of x - origin.
+    """The same, of an array of at most six axes.
 
     BN(x) = BN(x - origin): about the origin all statistics are small numbers, and none of them is
     rounded at the size of the mean.
@@ -84,6 +73,9 @@ def forward(
     deviation = without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
     y = transform(deviation, inverse_std(near.var, epsilon), params, axes)
     return y.astype(x.dtype), origin, near
+
+
+normalized = jax.custom_jvp(forward, nondiff_argnums=(0, 1))
 
 
 @functools.partial(normalized.defjvp, symbolic_zeros=True)
@@ -102,7 +94,7 @@ def normalized_jvp(
     # What goes into the checkpoint is x and numbers per feature: no more is kept for transposing.
     push = jax.checkpoint(functools.partial(push_forward, axes, replicas), prevent_cse=False)
     y_dot = push(origin, near, primals, dots)
-    return (y, shift(near, origin)), (y_dot, jax.tree.map(jnp.zeros_like, near))
+    return (y, origin, near), (y_dot, *jax.tree.map(jnp.zeros_like, (origin, near)))
 
 
 def push_forward(
