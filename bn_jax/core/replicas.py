@@ -86,7 +86,7 @@ def sum_over(values: Tree, replicas: Replicas | None) -> Tree:
     if replicas is None:
         return values
     if replicas.groups is None:
-        return lax.psum(values, replicas.axis_name)
+        return psum(values, replicas.axis_name)
     numbers = np.zeros(sum(map(len, replicas.groups)), np.int32)
     for number, group in enumerate(replicas.groups):
         numbers[list(group)] = number
@@ -97,5 +97,20 @@ def sum_over(values: Tree, replicas: Replicas | None) -> Tree:
         here = mine.reshape(-1, *[1] * value.ndim)
         return jnp.where(here, value[None], jnp.zeros_like(value[None]))
 
-    rows = lax.psum(jax.tree.map(in_own_row, values), replicas.axis_name)
+    rows = psum(jax.tree.map(in_own_row, values), replicas.axis_name)
     return jax.tree.map(lambda row: lax.dynamic_index_in_dim(row, own, keepdims=False), rows)
+
+
+def psum(values: Tree, axis_name: AxisName) -> Tree:
+    """JAX's own, with an error that says what to do where it has none.
+
+    Raises:
+        NotImplementedError: a name is bound by vmap inside of shard_map with checks.
+    """
+    try:
+        return lax.psum(values, axis_name)
+    except (AssertionError, ValueError) as error:
+        raise NotImplementedError(
+            f"axis_name={axis_name!r}: under shard_map's checks, JAX cannot sum over what vmap "
+            "binds inside; use jax.shard_map(..., check_vma=False)"
+        ) from error

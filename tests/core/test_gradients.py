@@ -4,6 +4,7 @@ In double precision, where a central difference of step h = 1e-5 is off by h²·
 of the size of f, and the equations by 1e-12.
 """
 
+import functools
 from functools import partial
 
 import jax
@@ -271,3 +272,76 @@ def test_the_gradient_shrinks_by_its_parts_along_one_and_along_y():
     f = oracle.forward(X, epsilon=0.0)
     inner = (DY**2).sum(batch) - DY.sum(batch) ** 2 / m - (DY * f.normalized).sum(batch) ** 2 / m
     np.testing.assert_allclose((dx**2).sum(batch), params.scale**2 / f.var * inner, rtol=1e-12)
+
+
+# Weights: importances that can be learned.
+
+
+def naive(x, weights, params, epsilon=1e-5):
+    """Weighted batch norm as one would write it; JAX differentiates it step by step."""
+    weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (3 - weights.ndim)), x.shape)
+    count = weights.sum((0, 1))
+    mean = (weights * x).sum((0, 1)) / count
+    var = (weights * (x - mean) ** 2).sum((0, 1)) / count
+    return params.scale * (x - mean) / jnp.sqrt(var + epsilon) + params.bias
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE[:-1]])
+def test_weights_have_derivatives_also_where_they_are_zero(shape, lenient):
+    """What is left out now may be let in: of first and second order."""
+    params, state = parts({})
+    weights = jnp.asarray(np.random.default_rng(4).integers(0, 3, shape).astype(float))
+    assert (weights == 0).any()
+    x, dy = jnp.asarray(X), jnp.asarray(DY)
+    ours = lambda x, w: bn.batch_norm(x, params, state, train=True, where=w)[0]  # noqa: E731
+    theirs = lambda x, w: naive(x, w, params)  # noqa: E731
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(run, x, w, along):
+        gradient = jax.grad(lambda x, w: jnp.tanh(run(x, w) * dy).sum(), (0, 1))
+        return jax.jvp(gradient, (x, w), along)
+
+    along = (dy, jnp.cos(jnp.arange(weights.size, dtype=float)).reshape(shape))
+    pairs = (derivatives(run, x, weights, along) for run in (ours, theirs))
+    for a, b in zip(*map(jax.tree.leaves, pairs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("padding", [np.nan, np.inf, -np.inf, 1e200, -1e300])
+def test_what_weighs_nothing_spoils_no_derivative_of_a_weight(padding):
+    """Of first and second order: as if it were not there, for all that is."""
+    params, state = parts({})
+    x, weights = X.copy(), np.ones(SHAPE[:-1])
+    x[1, 2], weights[1, 2] = padding, 0
+    there = np.ones(SHAPE[:-1], bool)
+    there[1, 2] = False
+
+    @jax.jit
+    def derivatives(x, w):
+        def loss(x, w):
+            y, _ = bn.batch_norm(x, params, state, train=True, where=w)
+            return jnp.where(there[..., None], jnp.tanh(y * DY), 0).sum()
+
+        gradient = jax.grad(loss, (0, 1))
+        return jax.jvp(gradient, (x, w), (jnp.asarray(DY), jnp.asarray(there, float)))
+
+    actual = derivatives(x, weights)
+    expected = derivatives(np.where(there[..., None], X, 0), weights)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a[there], b[there], rtol=0, atol=1e-12)
+
+
+def test_importances_have_an_effective_count():
+    """Scaled by Σw/Σw², their unbiased variance is Σw(x - μ)²/(Σw - Σw²/Σw), Kish's."""
+    weights = np.random.default_rng(3).uniform(0.1, 2, SHAPE[:-1])
+    params, state = parts({})
+    remember = lambda w: bn.batch_norm(  # noqa: E731
+        X, params, state, train=True, where=w, average=bn.Ema(0)
+    )
+    y, new = remember(weights * weights.sum() / (weights**2).sum())
+    w = weights[..., None]
+    mean = (w * X).sum((0, 1)) / w.sum()
+    spread = (w * (X - mean) ** 2).sum((0, 1))
+    np.testing.assert_allclose(new.var, spread / (w.sum() - (w**2).sum() / w.sum()), rtol=1e-12)
+    np.testing.assert_allclose(y, remember(weights)[0], rtol=1e-12)

@@ -142,6 +142,7 @@ CASES = {
     "channels first": Case((ROWS, 3, 2, 2), {"feature_axis": 1}),
     "bfloat16": Case((ROWS, 3), dtype=jnp.bfloat16),
     "complex64": Case((ROWS, 3), dtype=jnp.complex64),
+    "ghost": Case((ROWS, 4, 3), {"group_size": 2}),
 }
 TRANSFORMS = {}
 
