@@ -321,3 +321,43 @@ class TestStrictPromotion:
     def test_ours(self):
         assert step(*start(Ours, self.x), self.x)[0].dtype == jnp.float32
         assert OursNnx(3, rngs=nnx.Rngs(0))(self.x).dtype == jnp.float32
+
+
+class TestAxisIndexGroups:
+    """Defect 11: groups work neither under vmap nor under shard_map's default checks."""
+
+    groups = ((0, 1), (2, 3))
+    x = jax.random.normal(KEY, (4, 2, 3))
+
+    def mapped(self, norm):
+        layer, variables = start(norm, self.x[0])
+        layer = norm(axis_name="i", axis_index_groups=self.groups)
+        return jax.vmap(lambda x: step(layer, variables, x), axis_name="i")(self.x)
+
+    def sharded(self, norm):
+        layer, variables = start(norm, self.x[0])
+        layer = norm(axis_name="i", axis_index_groups=self.groups)
+        mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+        run = jax.shard_map(
+            lambda x: step(layer, variables, x)[0],
+            mesh=mesh,
+            in_specs=jax.P("i"),
+            out_specs=jax.P("i"),
+        )
+        return run(self.x.reshape(8, 3)).reshape(self.x.shape)
+
+    @pytest.mark.parametrize("where", ["mapped", "sharded"])
+    def test_flax(self, where, flax_rules, flax_still):
+        with flax_rules():
+            try:
+                getattr(self, where)(Theirs)
+            except NotImplementedError:
+                return
+        flax_still("11 (axis_index_groups)", False)
+
+    def test_ours(self):
+        y, _ = self.mapped(Ours)
+        np.testing.assert_allclose(self.sharded(Ours), y, atol=1e-6)
+        for pair in self.groups:
+            alone, _ = step(*start(Ours, self.x[0]), self.x[pair, ...].reshape(4, 3))
+            np.testing.assert_allclose(y[pair, ...].reshape(4, 3), alone, atol=1e-6)
