@@ -720,7 +720,7 @@ def apply(mutation: Mutation, package: Path) -> None:
 
 def passes(tree: Path, tests: list[str]) -> bool:
     """Whether the tests pass on the copy; a crash of the interpreter does not."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     return not subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode
 

@@ -1,6 +1,7 @@
 """Images that can be learned in a few steps, and the command line as a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -88,6 +89,14 @@ def main(monkeypatch):
     return run
 
 
+def heed_interrupts() -> None:
+    """Ctrl-C works in a process that is started here, also where it does not for pytest itself.
+
+    As in workers of pytest-xdist, and in a shell script's background: ignored signals are inherited.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def start():
     """Starts a command line in a process of its own, as a user would; it ends with the tests.
@@ -112,6 +121,7 @@ def start():
             text=True,
             encoding="utf-8",
             env=environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(not optimize)},
+            preexec_fn=heed_interrupts,
             **options,
         )
         processes.append(process)
