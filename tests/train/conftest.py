@@ -92,7 +92,7 @@ def main(monkeypatch):
 def heed_interrupts() -> None:
     """Ctrl-C works in a process that is started here, also where it does not for pytest itself.
 
-    As in workers of pytest-xdist, and in a shell script's background: ignored signals are inherited.
+    As in workers of pytest-xdist and in a shell's background: what is ignored is inherited.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
