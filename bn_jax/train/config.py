@@ -69,6 +69,9 @@ class TrainConfig:
     """Decoupled weight decay, times the learning rate; spares biases and batch norm's scale."""
     batch_size: int = 60
     """Examples per step."""
+    micro_batches: int = 1
+    """Passes that a step goes through its batch in, part by part, to save memory. Each part is
+    normalized by its own statistics; the running statistics move once per step."""
     steps: int = 50_000
     """Training steps."""
     seed: int = 0
@@ -82,12 +85,21 @@ class TrainConfig:
     """The run's folder, new or empty. By default runs/DATE-TIME."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where to compute; auto is JAX's own choice."""
+    devices: int | None = None
+    """Devices that each batch is spread over; its statistics stay those of the whole batch. On a
+    CPU they are virtual. By default one, or all of several processes."""
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             if typing.get_origin(kind) is Literal:
                 self.demand(name, getattr(self, name) in typing.get_args(kind), one_of(kind))
-        for name in ("filters", "batch_size", "evaluate_every", "checkpoint_every"):
+        for name in (
+            "filters",
+            "batch_size",
+            "micro_batches",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
             self.demand(name, is_count(getattr(self, name), 1), "a positive integer")
         for name in ("blocks", "steps"):
             self.demand(name, is_count(getattr(self, name), 0), "an integer of at least 0")
@@ -108,6 +120,23 @@ class TrainConfig:
         self.demand("placement", fits, "pre-activation for the tower, whose blocks fix it")
         fits = self.batch_size > 1 or self.norm == "none" or self.model == "tower"
         self.demand("batch_size", fits, "at least 2 with batch norm: one example has no variance")
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """Refuse parts of a batch that are unequal, or too small for statistics."""
+        devices, batch = self.devices, self.batch_size
+        self.demand("devices", devices is None or is_count(devices, 1), "a positive integer")
+        part, rest = divmod(batch, self.micro_batches)
+        self.demand("micro_batches", not rest, f"a divisor of --batch-size {batch}")
+        fits = part > 1 or self.norm == "none" or self.model == "tower"
+        rule = f"at most {batch // 2} for --batch-size {batch}: one example has no variance"
+        self.demand("micro_batches", fits, rule)
+        if devices is not None:
+            share = devices * self.micro_batches
+            near = sorted({max(batch // share, 1) * share, -(-batch // share) * share})
+            by = f" times --micro-batches {self.micro_batches}" if self.micro_batches > 1 else ""
+            rule = f"a multiple of --devices {devices}{by}, e.g. {' or '.join(map(str, near))}"
+            self.demand("batch_size", not batch % share, rule)
 
     def demand(self, name: str, satisfied: bool, rule: str) -> None:
         """Raise a ValueError that names the field, its value and the rule, unless satisfied."""

@@ -34,6 +34,8 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Images, Labels], tuple[TrainState, Float[Array, ""]]]
+Gradients = Callable[[nn.Module, TrainState, Array, Labels], tuple[Float[Array, ""], Any, Any]]
+"""model, state, inputs, labels -> mean loss, new batch_stats, gradients of the params"""
 
 
 def init_state(
@@ -47,8 +49,25 @@ def init_state(
     return TrainState(params, batch_stats, optimizer.init(params), step, run_key)
 
 
+def whole_batch(
+    model: nn.Module, state: TrainState, inputs: Float[Array, "batch ..."], labels: Labels
+) -> tuple[Float[Array, ""], Any, Any]:
+    """Mean loss, new `batch_stats` and gradients, in one pass."""
+
+    def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+        return cross_entropy(logits, labels), updates.get("batch_stats", {})
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return loss, batch_stats, grads
+
+
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, binarization: Binarization
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    binarization: Binarization,
+    gradients: Gradients = whole_batch,
 ) -> TrainStep:
     """A function (state, images, labels) -> (state, mean loss of the batch before the step)."""
 
@@ -57,19 +76,17 @@ def make_train_step(
     ) -> tuple[TrainState, Float[Array, ""]]:
         key = jax.random.fold_in(state.key, state.step)
         inputs = binarize(images, binarization, key)
-
-        def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, updates.get("batch_stats", {})
-
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        loss, batch_stats, grads = gradients(model, state, inputs, labels)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
 
     return train_step
+
+
+def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, ""]:
+    """The mean loss of a batch."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def accuracy(
@@ -79,6 +96,18 @@ def accuracy(
 
     Under a stochastic input, all evaluations see the same draw.
     """
+    chunks = jax.tree.map(in_chunks, (images, labels))
+    return correct_labels(model, binarization, state, *chunks) / len(images)
+
+
+def correct_labels(
+    model: nn.Module,
+    binarization: Binarization,
+    state: TrainState,
+    images: UInt8[Array, "chunks size height width"],
+    labels: Int[Array, "chunks size"],
+) -> Float[Array, ""]:
+    """How many images of some chunks the network labels rightly."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     key = jax.random.key(0)
 
@@ -87,10 +116,13 @@ def accuracy(
         logits: Any = model.apply(variables, inputs, train=False)
         return jnp.argmax(logits, -1) == chunk[1]
 
-    # In chunks, since the activations of 10,000 images at once can be gigabytes.
-    size = next(size for size in (1000, 100, 10, 1) if len(images) % size == 0)
-    chunks = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (images, labels))
-    return jnp.mean(jax.lax.map(correct, chunks).astype(jnp.float32))
+    return jnp.sum(jax.lax.map(correct, (images, labels)).astype(jnp.float32))
+
+
+def in_chunks(examples: Any) -> Any:
+    """[n, ...] -> [chunks, size, ...], as the activations of 10,000 images can be gigabytes."""
+    size = next(size for size in (1000, 100, 10, 1) if len(examples) % size == 0)
+    return examples.reshape(-1, size, *examples.shape[1:])
 
 
 def binarize(images: Images, binarization: Binarization, key: Array) -> Float[Array, "..."]:
