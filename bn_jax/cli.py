@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.launch import ALONE, Launch, join
 
 app = tyro.extras.SubcommandApp()
 stderr = Console(stderr=True)
@@ -29,18 +30,27 @@ stdout = Console()
 
 
 @app.command
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+def train(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
+    launch: Annotated[Launch, tyro.conf.arg(name="")] = ALONE,
+) -> None:
     """Train with batch norm and without, on MNIST, and compare.
 
     By default the paper's experiment: 3 hidden layers of 100 sigmoids, 50,000 steps of 60
     examples. Shows progress, prints a table, and leaves config.json, metrics.jsonl, summary.json,
     curves.png and checkpoints in the run's folder.
     """
+    processes = join(launch)
+    split_cpu((config.devices or 1) // (processes or 1))
     choose_device(config.device)
+    from bn_jax.train.company import run_in_company
     from bn_jax.train.experiment import Interrupted, run_experiment
 
     # Of what it also raises, orbax logs pages.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if processes is not None:
+        run_in_company(config, stdout)
+        return
     try:
         run_experiment(config, stdout)
     except Interrupted as stop:
@@ -103,6 +113,18 @@ def bench(
         raise SystemExit(1)
 
 
+def split_cpu(devices: int) -> None:
+    """Make several devices of this process's CPU; where JAX is in use already, it stays as it is.
+
+    Other kinds of device are what they are, and `train` says if they are too few.
+    """
+    import jax
+
+    if devices > 1:
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
 def choose_device(device: str) -> None:
     """Make JAX compute on the kind of device that was asked for, or refuse."""
     if device == "auto":
@@ -110,7 +132,7 @@ def choose_device(device: str) -> None:
     import jax
 
     try:
-        jax.config.update("jax_default_device", jax.devices(device)[0])
+        jax.config.update("jax_default_device", jax.local_devices(backend=device)[0])
     except RuntimeError as error:
         raise ValueError(
             f"--device {device}: JAX finds none here ({error}); install jax's build for it, or "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from bn_jax.train.processes import is_loss
 from bn_jax.train.step import TrainState
 
 
@@ -31,7 +32,9 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if is_loss(error):
+            return  # what is being written waits for a process that is gone
         try:
             self.manager.wait_until_finished()
         except Exception as error:
@@ -60,12 +63,13 @@ class Checkpoints:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint of an arm, or None."""
-    if not folder.is_dir():
-        return None
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        step = manager.latest_step()
-    return None if step is None else folder / str(step)
+    """The newest finished checkpoint of an arm, or None.
+
+    Read from the names alone, which orbax gives to what is whole: its manager would ask the other
+    processes, of which one may be gone.
+    """
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    return folder / str(max(steps)) if steps else None
 
 
 def load_newest(folder: Path, like: TrainState) -> TrainState:

@@ -1,5 +1,6 @@
 """`bn-jax train` and `bn-jax evaluate`: the arms of an experiment, and what is left on disk."""
 
+import dataclasses
 import functools
 import json
 import platform
@@ -18,6 +19,7 @@ from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, n
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
 from bn_jax.train.loop import Evaluation, check_batch_size, train
+from bn_jax.train.placement import make_placement
 from bn_jax.train.run_folder import RunFolder, finite, metrics_line
 from bn_jax.train.step import accuracy, init_state
 from bn_jax.train.summary import summarize
@@ -27,17 +29,28 @@ class Interrupted(Exception):
     """The user stopped the run; the message says what is kept."""
 
 
-def run_experiment(config: TrainConfig, console: Console) -> RunFolder:
+def run_experiment(
+    config: TrainConfig, console: Console, started: Callable[[RunFolder], None] = lambda _: None
+) -> RunFolder:
     """Train every arm of a configuration, show it, and write the run folder.
+
+    Args:
+        config: what to train; the same in each of several processes.
+        console: where to show it.
+        started: is told the folder once it is there.
 
     Raises:
         DataError: the data set cannot be had.
         ValueError: the batch is larger than the data, or the run folder is taken.
         Interrupted: by Ctrl-C; the last checkpoint stays good and is named.
     """
+    if jax.process_count() > 1 and config.devices is None:
+        config = dataclasses.replace(config, devices=jax.device_count())
+    make_placement(config.devices)
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)
     folder = RunFolder.create(config)
+    started(folder)
     where = f"[bold]{folder.path}[/bold]"
     try:
         console.print(f"{machine()}; run folder {where}", soft_wrap=True)
@@ -46,13 +59,17 @@ def run_experiment(config: TrainConfig, console: Console) -> RunFolder:
         folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
         folder.write("curves.png", plot_curves(arms, config))
     except KeyboardInterrupt:
-        found = [newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms]
-        kept = [path for path in found if path]
-        last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
-        raise Interrupted(f"stopped; {last}") from None
+        raise Interrupted(f"stopped; {last_checkpoint(config, folder)}") from None
     console.print(comparison_table(summary, config))
     console.print(f"Curves, metrics and checkpoints are in {where}.", soft_wrap=True)
     return folder
+
+
+def last_checkpoint(config: TrainConfig, folder: RunFolder) -> str:
+    """What a run that ends early leaves, in words."""
+    found = [newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms]
+    kept = [path for path in found if path]
+    return f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
 
 
 def run_arms(

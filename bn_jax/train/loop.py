@@ -101,8 +101,8 @@ def train(
     test_images = placement.examples(in_chunks(data.test_images), axis=1)
     # A label that no image has, where images are missing to equal shares.
     test_labels = placement.examples(in_chunks(data.test_labels.astype(np.int32)), 1, filler=-1)
-    state = init_state(model, optimizer, data.train_images[: config.batch_size], config.seed)
-    state = placement.everywhere(state)
+    first = jnp.asarray(data.train_images[: config.batch_size])
+    state = placement.everywhere(init_state(model, optimizer, first, config.seed))
     gradients = build_gradients(config, placement)
     train_step = make_train_step(model, optimizer, config.binarization, gradients)
     score = jax.jit(functools.partial(correct_labels, model, config.binarization))

@@ -89,7 +89,8 @@ def make_placement(devices: int | None) -> Placement:
     Raises:
         ValueError: there are not as many here, or the processes cannot have equal parts.
     """
-    platform = jnp.zeros(()).device.platform  # where new arrays go, which --device may have changed
+    (here,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
+    platform = here.platform
     processes = jax.process_count()
     if processes == 1 and devices in (None, 1):
         return ONE_DEVICE

@@ -9,8 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.loop import Evaluation
+from bn_jax.train.processes import by_first, is_first
 
 
 class RunFolderError(ValueError):
@@ -22,18 +25,28 @@ class RunFolder:
 
     `config.json` is written first; `metrics.jsonl` grows by a line per evaluation; `summary.json`
     and `curves.png` come at the end, whole or not at all; `checkpoints/ARM/STEP` as they fall due.
+
+    Args:
+        path: of the folder.
+        writes: False leaves all of it but checkpoints to another process.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @classmethod
     def create(cls, config: TrainConfig) -> "RunFolder":
-        """A new folder for a run.
+        """A new folder for a run; of several processes, the first makes it, and alone writes.
 
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
+        path = Path(by_first(lambda: str(cls.make(config))))
+        return cls(path, writes=is_first())
+
+    @classmethod
+    def make(cls, config: TrainConfig) -> Path:
+        """The path of a new folder, with the configuration in it."""
         path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
         folder = cls(path)
         if "[" in str(path.absolute()):
@@ -50,7 +63,8 @@ class RunFolder:
                 f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
             )
         folder.write("config.json", config.to_json())
-        return folder
+        # Other processes may have been started elsewhere.
+        return path if jax.process_count() == 1 else path.absolute()
 
     def read_config(self) -> TrainConfig:
         """The run's configuration.
@@ -72,12 +86,16 @@ class RunFolder:
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a file that grows."""
+        if not self.writes:
+            return
         path = self.path / name
         with writing(path), path.open("a") as file:
             file.write(line)
 
     def write(self, name: str, content: str | bytes) -> None:
         """A whole file, or none: written under another name, then renamed."""
+        if not self.writes:
+            return
         path, partial = self.path / name, self.path / f".{name}.partial"
         data = content.encode() if isinstance(content, str) else content
         with writing(path):

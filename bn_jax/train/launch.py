@@ -1,0 +1,112 @@
+"""How a process finds the others of its run: by flags, by environment variables, or a scheduler."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import jax
+
+HEARTBEAT = 30
+"""Seconds of silence after which a process counts as gone, if its sockets do not tell at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The same command, started once per process; they differ in --process-id alone.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    coordinator: str | None = None
+    """HOST:PORT where the processes of one run meet: an address of process 0's machine and a free
+    port there. By default the variable JAX_COORDINATOR_ADDRESS; without any, there is one
+    process."""
+    processes: int | None = None
+    """How many processes. By default the variable JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 shows and writes the run. By default the variable
+    JAX_PROCESS_ID."""
+    distributed: bool = False
+    """Take what is not given from the scheduler that started the processes, as far as JAX knows it:
+    Slurm, Open MPI, Kubernetes, TPU pods."""
+
+    def __post_init__(self) -> None:
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(
+                f"--coordinator {self.coordinator}: must be HOST:PORT, e.g. 127.0.0.1:7788"
+            )
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"--processes {self.processes}: must be a positive integer")
+        if self.process_id is not None:
+            most = f" to {self.processes - 1}" if self.processes else ""
+            if not 0 <= self.process_id < (self.processes or self.process_id + 1):
+                raise ValueError(
+                    f"--process-id {self.process_id}: must be from 0{most}, one for each process"
+                )
+
+    def with_environment(self, environment: Mapping[str, str]) -> "Launch":
+        """The flags, completed by the variables that set-ups of JAX use.
+
+        Raises:
+            ValueError: a variable is not a number, or out of range.
+        """
+
+        def number(name: str) -> int | None:
+            text = environment.get(name)
+            if text is not None and not text.isdigit():
+                raise ValueError(f"{name}={text}: must be an integer of at least 0")
+            return None if text is None else int(text)
+
+        found = {
+            "coordinator": environment.get("JAX_COORDINATOR_ADDRESS"),
+            "processes": number("JAX_NUM_PROCESSES"),
+            "process_id": number("JAX_PROCESS_ID"),
+        }
+        missing = {name: value for name, value in found.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+
+ALONE = Launch()
+
+
+def join(launch: Launch) -> int | None:
+    """Meet the other processes of a run, before JAX is in use.
+
+    Returns:
+        How many there are (1 if a scheduler alone knows), or None if nothing says that there are.
+
+    Raises:
+        ValueError: something is missing that neither flag nor variable gives, or no scheduler is
+            found, or the others do not come.
+    """
+    launch = launch.with_environment(os.environ)
+    given = {
+        "--coordinator": launch.coordinator,
+        "--processes": launch.processes,
+        "--process-id": launch.process_id,
+    }
+    missing = [flag for flag, value in given.items() if value is None]
+    if not launch.distributed:
+        if len(missing) == len(given):
+            return None
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)}: must be given too for a run of several processes; or "
+                "let --distributed take it from the scheduler"
+            )
+    try:
+        jax.distributed.initialize(
+            *given.values(),
+            cluster_detection_method=None if launch.distributed else "deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, RuntimeError) as error:
+        hint = "no scheduler is found that says" if missing else "the processes cannot meet at"
+        what = ", ".join(missing) if missing else launch.coordinator
+        raise ValueError(
+            f"{hint} {what} ({str(error).splitlines()[0]}); give --coordinator, --processes and "
+            "--process-id, the same address for all and a port that is free"
+        ) from error
+    return launch.processes or 1

@@ -1,0 +1,55 @@
+"""One run in several processes: process 0 speaks, all know what it knows, and all end together."""
+
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def is_first() -> bool:
+    """Whether this process shows and writes the run."""
+    return jax.process_index() == 0
+
+
+def by_first(make: Callable[[], str]) -> str:
+    """What make returns in process 0, where alone it is called; its error is everyone's.
+
+    Raises:
+        ValueError: in process 0, what make raises; in the others, its message.
+    """
+    if jax.process_count() == 1:
+        return make()
+    failure: ValueError | None = None
+    answer = {}
+    if is_first():
+        try:
+            answer = {"value": make()}
+        except ValueError as error:
+            failure, answer = error, {"error": str(error)}
+    answer = json.loads(broadcast(json.dumps(answer).encode()))
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise ValueError(f"process 0 says: {answer['error']}")
+    return answer["value"]
+
+
+def broadcast(content: bytes) -> bytes:
+    """The content that process 0 has."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.zeros(size, np.uint8)
+    if is_first():
+        padded[:] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+
+
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that of a collective without all its members."""
+    while error is not None:
+        memory = "RESOURCE_EXHAUSTED" in str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and not memory:
+            return jax.process_count() > 1
+        error = error.__cause__ or error.__context__
+    return False
