@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from bn_jax.train.processes import is_loss
+from bn_jax.train.processes import loss_of_company
 from bn_jax.train.step import TrainState
 
 
@@ -33,7 +33,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if is_loss(error):
+        if loss_of_company(error):
             return  # what is being written waits for a process that is gone
         try:
             self.manager.wait_until_finished()

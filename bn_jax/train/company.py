@@ -21,7 +21,7 @@ from rich.console import Console
 
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.experiment import Interrupted, last_checkpoint, run_experiment
-from bn_jax.train.processes import is_first, is_loss
+from bn_jax.train.processes import is_first, loss_of_company
 from bn_jax.train.run_folder import RunFolder
 
 GONE = "another process of this run is gone, so this one ends too"
@@ -32,9 +32,9 @@ def run_in_company(config: TrainConfig, console: Console) -> None:
     """`run_experiment` as one of several processes that have met; ends this one if it fails."""
 
     def started(folder: RunFolder) -> None:
-        company.explain = lambda: f"{GONE}; {last_checkpoint(config, folder)}"
+        company.explain = lambda: last_checkpoint(config, folder)
 
-    with in_company(lambda: f"{GONE}, before the first checkpoint") as company:
+    with in_company(lambda: "it had no folder yet") as company:
         try:
             run_experiment(config, console if is_first() else Console(quiet=True), started)
             jax.distributed.shutdown()
@@ -43,8 +43,8 @@ def run_in_company(config: TrainConfig, console: Console) -> None:
         except KeyboardInterrupt:
             company.leave("stopped\n" if is_first() else "", 130)
         except Exception as error:
-            if is_loss(error):
-                company.lost()
+            if reason := loss_of_company(error):
+                company.lost(f" ({reason})")
             known = isinstance(error, ValueError | OSError)
             company.leave(f"error: {error}\n" if known else traceback.format_exc(), 1 + known)
 
@@ -53,7 +53,7 @@ class Company:
     """The processes of a run, as one of them sees the others' end.
 
     Attributes:
-        explain: what to say then; set once there is more to say.
+        explain: what to say then of what is left; set once something is.
     """
 
     def __init__(self, explain: Callable[[], str]) -> None:
@@ -69,9 +69,9 @@ class Company:
         sys.stderr.flush()
         os._exit(status)
 
-    def lost(self) -> NoReturn:
+    def lost(self, reason: str = "") -> NoReturn:
         """End because another process has."""
-        self.leave(f"error: {self.explain()}\n", 1)
+        self.leave(f"error: {GONE}{reason}; {self.explain()}\n", 1)
 
     def aborted(self, number: int) -> NoReturn:
         """Answer the signal SIGABRT: the service's, or else a failure that C++ has explained."""
@@ -89,7 +89,7 @@ def in_company(explain: Callable[[], str]) -> Iterator[Company]:
     Inside, what C++ prints goes to a file aside, and Python's streams where they went.
 
     Args:
-        explain: what to say then.
+        explain: what to say then of what is left.
     """
     company = Company(explain)
     for stream in (sys.stdout, sys.stderr):

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+LOSSES = ("UNKNOWN", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
+
 
 def is_first() -> bool:
     """Whether this process shows and writes the run."""
@@ -45,11 +47,14 @@ def broadcast(content: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
 
-def is_loss(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that of a collective without all its members."""
-    while error is not None:
-        memory = "RESOURCE_EXHAUSTED" in str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError) and not memory:
-            return jax.process_count() > 1
+def loss_of_company(error: BaseException | None) -> str | None:
+    """What an error says if it, or what caused it, is a collective's that lacks a member.
+
+    Such errors are of several classes; they begin with one of XLA's codes.
+    """
+    while error is not None and jax.process_count() > 1:
+        first, *_ = str(error).splitlines() or [""]
+        if first.split(":")[0] in LOSSES:
+            return first
         error = error.__cause__ or error.__context__
-    return False
+    return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -24,11 +25,13 @@ ranges = {
     "learning_rate": rates,
     "weight_decay": rates,
     "batch_size": positive,
+    "micro_batches": st.integers(1, 8),
     "steps": st.integers(0, 10**9),
     "seed": st.integers(0, 2**32 - 1),
     "evaluate_every": positive,
     "checkpoint_every": positive,
     "run_dir": st.none() | st.text(min_size=1).map(Path),
+    "devices": st.none() | st.integers(1, 64),
 }
 hints = typing.get_type_hints(TrainConfig)
 choices = {name: typing.get_args(kind) for name, kind in hints.items() if name not in ranges}
@@ -43,6 +46,7 @@ def configs(draw):
         fields["placement"] = "pre-activation"
     if fields["norm"] != "none":
         fields["batch_size"] = max(2, fields["batch_size"])
+    fields["batch_size"] *= fields["micro_batches"] * (fields["devices"] or 1)
     return TrainConfig(**fields)
 
 
@@ -78,6 +82,11 @@ OUT_OF_RANGE = [
     ),
     ("filters", 1.0, "a positive integer"),
     ("batch_size", -60, "a positive integer"),
+    ("micro_batches", 0, "a positive integer"),
+    ("micro_batches", 7, "a divisor of --batch-size 60"),
+    ("micro_batches", 60, "at most 30 for --batch-size 60"),
+    ("devices", 0, "a positive integer"),
+    ("devices", 2.0, "a positive integer"),
     ("batch_size", True, "a positive integer"),
     ("blocks", -1, "at least 0"),
     ("steps", -1, "at least 0"),
@@ -133,6 +142,30 @@ def test_one_example_has_no_variance():
     # Without batch norm, and where each feature has a map of values, it may be one.
     TrainConfig(batch_size=1, norm="none")
     TrainConfig(batch_size=1, model="tower")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"devices": 8}, "--batch-size 60: must be a multiple of --devices 8, e.g. 56 or 64"),
+        (
+            {"devices": 8, "micro_batches": 3},
+            "--batch-size 60: must be a multiple of --devices 8 times --micro-batches 3, "
+            "e.g. 48 or 72",
+        ),
+        ({"devices": 100}, "--batch-size 60: must be a multiple of --devices 100, e.g. 100"),
+    ],
+)
+def test_devices_have_equal_parts_of_a_batch(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        TrainConfig(**fields)
+    # One example each is enough: the statistics are those of the whole batch.
+    TrainConfig(batch_size=8, devices=8)
+
+
+def test_parts_without_batch_norm_may_be_single():
+    TrainConfig(micro_batches=60, norm="none")
+    TrainConfig(micro_batches=60, model="tower")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""Data parallel: the run on eight devices is the run on one."""
+
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from bn_jax.data import Dataset
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.config import TrainConfig
+from bn_jax.train.loop import run_chunk, train
+from bn_jax.train.placement import ONE_DEVICE, make_placement
+from bn_jax.train.step import init_state, make_train_step
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+SMALL = {"hidden": (8, 8), "init_std": 0.3, "learning_rate": 0.5, "steps": 60, "evaluate_every": 20}
+
+
+def run(data, **options):
+    """The last state, and all evaluations."""
+    config = TrainConfig(**SMALL | {"batch_size": 24, "devices": 8} | options)
+    model, optimizer = build_model(config, "batch"), build_optimizer(config)
+    states, evaluations = zip(*train(config, model, optimizer, data), strict=True)
+    return states[-1], evaluations
+
+
+def leaves(state):
+    return jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.step))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"binarization": "stochastic", "micro_batches": 3, "optimizer": "momentum"}],
+    ids=["plain", "in parts"],
+)
+def test_eight_devices_are_one(options, digits):
+    """With 237 training and 99 test images, which eight devices cannot share equally."""
+    data = Dataset(*(part[: -(len(part) // 100 + 1)] for part in digits))
+    one, curve = run(data, devices=None, **options)
+    eight, other = run(data, **options)
+    for a, b in zip(curve[1:], other[1:], strict=True):
+        # A step's sums of 24 terms round differently, by 24·2⁻²⁴ = 1.4e-6 at most; of 60 steps
+        # that go the same way come 1e-4, and of such that do not, less than a tenth of it.
+        assert a.train_loss == pytest.approx(b.train_loss, abs=1e-5)
+        assert a.test_accuracy == b.test_accuracy
+    for a, b in zip(leaves(one), leaves(eight), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+        assert len(b.devices()) == 8
+        assert b.is_fully_replicated
+
+
+def test_each_device_holds_its_share(digits):
+    placement = make_placement(8)
+    images = placement.examples(digits.train_images[:60])
+    assert images.shape == (64, 28, 28)
+    rows = [shard.data for shard in images.addressable_shards]
+    assert [len(part) for part in rows] == [8] * 8
+    np.testing.assert_array_equal(np.concatenate(rows)[:60], digits.train_images[:60])
+    labels = placement.examples(np.ones((3, 10), np.int32), axis=1, filler=-1)
+    assert labels.sharding.spec == PartitionSpec(None, "data")
+    assert np.asarray(labels).tolist() == [[1] * 10 + [-1] * 6] * 3
+
+
+def test_each_device_computes_its_share(digits):
+    """Of the compiled step: products of 3 examples of a batch of 24, and none of all 24."""
+    config = TrainConfig(hidden=(100,), batch_size=24)
+    model, optimizer = build_model(config, "batch"), build_optimizer(config)
+    placement = make_placement(8)
+    images = placement.examples(digits.train_images)
+    labels = placement.examples(digits.train_labels.astype(np.int32))
+    state = placement.everywhere(init_state(model, optimizer, jnp.zeros((2, 28, 28)), 0))
+    step = make_train_step(model, optimizer, "threshold")
+    sizes = {"steps": 2, "batch_size": 24, "placement": placement}
+    text = run_chunk.lower(step, state, images, labels, **sizes).compile().as_text()
+    products = re.findall(r"f32\[(\d+),100\]\S* dot\(", text)
+    assert set(products) >= {"3"}
+    assert "24" not in products
+
+
+@pytest.mark.parametrize("devices", [None, 1])
+def test_one_device_has_no_mesh(devices):
+    assert make_placement(devices) is ONE_DEVICE
+
+
+def test_more_devices_than_there_are(digits):
+    message = r"--devices 16: JAX has 8 of kind cpu here; choose fewer, or"
+    with pytest.raises(ValueError, match=message):
+        run(digits, devices=16, batch_size=16)
+
+
+@pytest.mark.slow
+def test_the_loss_curve_of_mnist(start, finish, tmp_path):
+    """By default, and with ghost batch norm over each device's share."""
+    common = ("train", "--batch-size", 64, "--norm", "batch", "--steps", 500)
+    common += ("--evaluate-every", 25)
+    curves = {}
+    for devices, group in itertools.product((1, 8), GROUPS):
+        folder = tmp_path / f"{devices}-{group}"
+        options = ("--group-size", group) if group else ()
+        process = start(*common, *options, "--devices", devices, "--run-dir", folder, optimize=True)
+        status, _, stderr = finish(process)
+        assert (status, stderr) == (0, "")
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        curves[devices, group] = [line["train_loss"] for line in lines][1:]
+    for group in GROUPS:
+        np.testing.assert_allclose(curves[8, group], curves[1, group], rtol=0, atol=1e-4)
+
+
+GROUPS = (None,)
