@@ -26,7 +26,11 @@ def build_normalization(config: TrainConfig, arm: Arm) -> Normalization | None:
     if arm == "none":
         return None
     return functools.partial(
-        BatchNorm, average=build_average(config), unbiased=True, epsilon=config.epsilon
+        BatchNorm,
+        average=build_average(config),
+        unbiased=True,
+        epsilon=config.epsilon,
+        group_size=config.group_size,
     )
 
 

@@ -58,6 +58,9 @@ class TrainConfig:
     """Weight of the past in that average (ema and debiased)."""
     epsilon: float = 1e-5
     """Added to the variance."""
+    group_size: int | None = None
+    """Ghost batch norm: each group of that many examples is normalized by its own statistics. By
+    default a batch is one group."""
 
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """Plain SGD, SGD with momentum 0.9, or Adam."""
@@ -126,11 +129,22 @@ class TrainConfig:
         """Refuse parts of a batch that are unequal, or too small for statistics."""
         devices, batch = self.devices, self.batch_size
         self.demand("devices", devices is None or is_count(devices, 1), "a positive integer")
+        group = self.group_size
+        self.demand("group_size", group is None or is_count(group, 1), "a positive integer")
         part, rest = divmod(batch, self.micro_batches)
         self.demand("micro_batches", not rest, f"a divisor of --batch-size {batch}")
         fits = part > 1 or self.norm == "none" or self.model == "tower"
         rule = f"at most {batch // 2} for --batch-size {batch}: one example has no variance"
         self.demand("micro_batches", fits, rule)
+        if group is not None:
+            passes = f"--batch-size {batch}"
+            if self.micro_batches > 1:
+                passes += f" in --micro-batches {self.micro_batches}"
+            self.demand("group_size", group <= part, f"at most {part}, for {passes}")
+            alone = min(group, part % group or group) == 1
+            fits = not alone or self.norm == "none" or self.model == "tower"
+            rule = f"such that no example is left alone, without variance, for {passes}"
+            self.demand("group_size", fits, rule)
         if devices is not None:
             share = devices * self.micro_batches
             near = sorted({max(batch // share, 1) * share, -(-batch // share) * share})

@@ -26,6 +26,7 @@ ranges = {
     "weight_decay": rates,
     "batch_size": positive,
     "micro_batches": st.integers(1, 8),
+    "group_size": st.none() | st.integers(2, 64),
     "steps": st.integers(0, 10**9),
     "seed": st.integers(0, 2**32 - 1),
     "evaluate_every": positive,
@@ -47,6 +48,8 @@ def configs(draw):
     if fields["norm"] != "none":
         fields["batch_size"] = max(2, fields["batch_size"])
     fields["batch_size"] *= fields["micro_batches"] * (fields["devices"] or 1)
+    if fields["group_size"]:
+        fields["batch_size"] *= fields["group_size"]
     return TrainConfig(**fields)
 
 
@@ -85,6 +88,11 @@ OUT_OF_RANGE = [
     ("micro_batches", 0, "a positive integer"),
     ("micro_batches", 7, "a divisor of --batch-size 60"),
     ("micro_batches", 60, "at most 30 for --batch-size 60"),
+    ("group_size", 0, "a positive integer"),
+    ("group_size", True, "a positive integer"),
+    ("group_size", 61, "at most 60, for --batch-size 60"),
+    ("group_size", 1, "such that no example is left alone"),
+    ("group_size", 59, "such that no example is left alone"),
     ("devices", 0, "a positive integer"),
     ("devices", 2.0, "a positive integer"),
     ("batch_size", True, "a positive integer"),
@@ -164,8 +172,16 @@ def test_devices_have_equal_parts_of_a_batch(fields, message):
 
 
 def test_parts_without_batch_norm_may_be_single():
-    TrainConfig(micro_batches=60, norm="none")
-    TrainConfig(micro_batches=60, model="tower")
+    for options in ({"norm": "none"}, {"model": "tower"}):
+        TrainConfig(micro_batches=60, **options)
+        TrainConfig(group_size=1, **options)
+
+
+def test_groups_lie_within_parts():
+    message = "--group-size 16: must be at most 15, for --batch-size 60 in --micro-batches 4"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TrainConfig(group_size=16, micro_batches=4)
+    TrainConfig(group_size=15, micro_batches=4)
 
 
 @pytest.mark.parametrize(

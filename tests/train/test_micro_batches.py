@@ -145,6 +145,25 @@ def test_a_part_that_is_not_finite_is_left_out(fill, digits):
     jax.tree.map(np.testing.assert_array_equal, stats, state.batch_stats)
 
 
+def test_parts_are_ghost_batch_norm(digits):
+    """Ten steps in 3 passes over 8 examples each, or in one with groups of 8."""
+    sizes = {"hidden": (8, 8), "init_std": 0.3, "learning_rate": 0.5, "batch_size": 24}
+    sizes |= {"steps": 10, "evaluate_every": 10}
+    ends = []
+    for split in ({"micro_batches": 3}, {"group_size": 8}, {}):
+        config = TrainConfig(**sizes, **split)
+        model, optimizer = build_model(config, "batch"), build_optimizer(config)
+        *_, (state, evaluation) = train(config, model, optimizer, digits)
+        ends.append(((state.params, state.batch_stats), evaluation.train_loss))
+    (parts, loss), (groups, same), (whole, other) = ends
+    assert loss == pytest.approx(same, rel=1e-5)
+    # Ten steps of sums of 24 terms, 24·2⁻²⁴ = 1.4e-6 each.
+    close(parts, groups, rtol=1e-4, atol=1.5e-5)
+    assert abs(loss - other) > 1e-3  # and groups do make a difference
+    with pytest.raises(AssertionError):
+        close(parts, whole, rtol=1e-4, atol=1.5e-5)
+
+
 def test_it_learns_in_parts(digits):
     config = TrainConfig(
         hidden=(8,),
