@@ -1,0 +1,168 @@
+"""One run in several processes, over loopback: the single process's run, and a common end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from bn_jax.data import load
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.checkpoint import load_newest
+from bn_jax.train.config import TrainConfig
+from bn_jax.train.experiment import evaluate_run
+from bn_jax.train.loop import train
+from bn_jax.train.run_folder import RunFolder
+from bn_jax.train.step import init_state
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+pytestmark = [needs_signals, pytest.mark.usefixtures("lenient")]
+
+STEPS = ("--norm", "batch", "--hidden", 16, "--batch-size", 64, "--evaluate-every", 100)
+ENDLESS = ("--norm", "batch", "--hidden", 8, "--batch-size", 16, "--evaluate-every", 5)
+ENDLESS += ("--checkpoint-every", 5, "--steps", 10**8)
+GONE = "error: another process of this run is gone, so this one ends too"
+BOUND = 60
+"""Seconds: twice those of silence after which JAX's service counts a process as gone."""
+
+
+@pytest.fixture(scope="module")
+def launch(start):
+    """Starts one command in two processes that meet at a free port of this machine."""
+
+    def run(*arguments, **options) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = ("--coordinator", f"127.0.0.1:{port}", "--processes", 2)
+        return [start("train", *arguments, *common, "--process-id", i, **options) for i in range(2)]
+
+    return run
+
+
+def checkpoints(folder):
+    """Finished ones: their names are plain numbers."""
+    return [p for p in (folder / "checkpoints" / "batch").glob("*") if p.name.isdecimal()]
+
+
+@pytest.fixture(scope="module")
+def pair(launch, finish, tmp_path_factory):
+    """A run of 200 steps on MNIST: its folder, and each process's status, stdout and stderr."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    processes = launch(*STEPS, "--steps", 200, "--run-dir", folder, optimize=True)
+    return folder, [finish(process) for process in processes]
+
+
+def test_one_process_speaks(pair):
+    folder, ((status, stdout, stderr), second) = pair
+    assert (status, stderr) == (0, "")
+    assert second == (0, "", "")
+    assert stdout.count("Test accuracy on mnist") == 1
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoints"}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert RunFolder(folder).read_config().devices == 2
+
+
+def test_the_run_is_that_of_a_single_process(pair):
+    """Parameters and statistics after 200 steps, and the accuracy that one process measures."""
+    folder, _ = pair
+    data = load("mnist")
+    fields = {"norm": "batch", "hidden": (16,), "batch_size": 64, "evaluate_every": 100}
+    config = TrainConfig(steps=200, **fields)
+    model, optimizer = build_model(config, "batch"), build_optimizer(config)
+    *_, (state, evaluation) = train(config, model, optimizer, data)
+    like = jax.eval_shape(lambda: init_state(model, optimizer, data.train_images[:2], 0))
+    other = load_newest(folder / "checkpoints" / "batch", like)
+    assert (int(other.step), other.key) == (200, state.key)
+    # Means of 64 terms that are at most 1, halved otherwise: 64·2⁻²⁴ = 4e-6 per step at most and
+    # its root, 5e-7, as a rule, times a rate of 0.15; over 200 steps √200 times as much: 1e-6.
+    # Curvature may multiply that by a few. Kernels and statistics are of size 1 and less, but for
+    # the variance of a pre-activation, of which the same holds relatively.
+    for name in ("params", "batch_stats"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            getattr(other, name),
+            getattr(state, name),
+        )
+    (row,) = evaluate_run(RunFolder(folder)).values()
+    assert row == {"step": 200, "test_accuracy": pytest.approx(evaluation.test_accuracy, abs=1e-3)}
+
+
+class Left(NamedTuple):
+    folder: Path
+    seconds: float
+    status: int
+    stderr: str
+    victim: tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def left(launch, finish, tmp_path_factory):
+    """Who is left of two processes when one is killed or interrupted: by number and signal."""
+    cases = [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGINT), (0, signal.SIGINT)]
+    results = {}
+    for number, name in cases:
+        folder = tmp_path_factory.mktemp("left") / "run"
+        processes = launch(*ENDLESS, "--run-dir", folder)
+        end = time.monotonic() + 120
+        while len(checkpoints(folder)) < 2:
+            assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+            assert time.monotonic() < end, "no checkpoints in time"
+            time.sleep(0.01)
+        begun = time.monotonic()
+        processes[number].send_signal(name)
+        status, _, stderr = finish(processes[1 - number])
+        seconds = time.monotonic() - begun
+        victim = finish(processes[number])
+        results[number, name] = Left(folder, seconds, status, stderr, victim)
+    return results
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT])
+def test_when_one_goes_the_other_says_so_and_goes(number, name, left):
+    folder, seconds, status, stderr, victim = left[number, name]
+    assert seconds < BOUND
+    assert status == 1
+    newest = max(checkpoints(folder), key=lambda path: int(path.name))
+    assert stderr.startswith(GONE)
+    assert stderr.endswith(f"; the last checkpoint is {newest}\n")
+    assert stderr.count("\n") == 1
+    assert victim[0] == (-signal.SIGKILL if name == signal.SIGKILL else 130)
+    if name == signal.SIGINT:
+        # Who speaks says what is kept.
+        said = f"stopped; the last checkpoint is {newest}\n" if number == 0 else ""
+        assert victim[2] == said
+    # What is left is good.
+    results = evaluate_run(RunFolder(folder))
+    assert results["batch"]["step"] == int(newest.name)
+
+
+def test_what_ends_process_0_ends_all(launch, finish, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    processes = launch(*STEPS, "--run-dir", tmp_path)
+    (status, _, stderr), (other, _, heard) = map(finish, processes)
+    message = f"--run-dir {tmp_path}: already holds a run; choose a new folder, or move it away\n"
+    assert (status, stderr) == (2, f"error: {message}")
+    assert (other, heard) == (2, f"error: process 0 says: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_abort_for_another_reason_shows_its_reason():
+    program = (
+        "import os\n"
+        "from bn_jax.train.company import in_company\n"
+        "with in_company(lambda: 'nothing'):\n"
+        "    os.write(2, b'a check failed\\n')\n"
+        "    os.abort()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (134, "a check failed\n")
