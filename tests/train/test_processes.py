@@ -6,8 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +24,7 @@ needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals"
 pytestmark = [needs_signals, pytest.mark.usefixtures("lenient")]
 
 STEPS = ("--norm", "batch", "--hidden", 16, "--batch-size", 64, "--evaluate-every", 100)
-ENDLESS = ("--norm", "batch", "--hidden", 8, "--batch-size", 16, "--evaluate-every", 5)
+ENDLESS = ("--norm", "none", "--hidden", 8, "--batch-size", 16, "--evaluate-every", 5)
 ENDLESS += ("--checkpoint-every", 5, "--steps", 10**8)
 GONE = "error: another process of this run is gone, so this one ends too"
 BOUND = 60
@@ -49,14 +47,14 @@ def launch(start):
 
 def checkpoints(folder):
     """Finished ones: their names are plain numbers."""
-    return [p for p in (folder / "checkpoints" / "batch").glob("*") if p.name.isdecimal()]
+    return [path for path in folder.glob("checkpoints/*/*") if path.name.isdecimal()]
 
 
 @pytest.fixture(scope="module")
 def pair(launch, finish, tmp_path_factory):
     """A run of 200 steps on MNIST: its folder, and each process's status, stdout and stderr."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    processes = launch(*STEPS, "--steps", 200, "--run-dir", folder, optimize=True)
+    processes = launch(*STEPS, "--steps", 200, "--run-dir", folder)
     return folder, [finish(process) for process in processes]
 
 
@@ -96,41 +94,29 @@ def test_the_run_is_that_of_a_single_process(pair):
     assert row == {"step": 200, "test_accuracy": pytest.approx(evaluation.test_accuracy, abs=1e-3)}
 
 
-class Left(NamedTuple):
-    folder: Path
-    seconds: float
-    status: int
-    stderr: str
-    victim: tuple[int, str, str]
-
-
-@pytest.fixture(scope="module")
-def left(launch, finish, tmp_path_factory):
-    """Who is left of two processes when one is killed or interrupted: by number and signal."""
-    cases = [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGINT), (0, signal.SIGINT)]
-    results = {}
-    for number, name in cases:
-        folder = tmp_path_factory.mktemp("left") / "run"
-        processes = launch(*ENDLESS, "--run-dir", folder)
-        end = time.monotonic() + 120
-        while len(checkpoints(folder)) < 2:
-            assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
-            assert time.monotonic() < end, "no checkpoints in time"
-            time.sleep(0.01)
-        begun = time.monotonic()
-        processes[number].send_signal(name)
-        status, _, stderr = finish(processes[1 - number])
-        seconds = time.monotonic() - begun
-        victim = finish(processes[number])
-        results[number, name] = Left(folder, seconds, status, stderr, victim)
-    return results
-
-
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT])
-def test_when_one_goes_the_other_says_so_and_goes(number, name, left):
-    folder, seconds, status, stderr, victim = left[number, name]
-    assert seconds < BOUND
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (0, signal.SIGKILL),  # with which JAX's service goes too
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1, signal.SIGKILL), (0, signal.SIGINT), (1, signal.SIGINT)]
+        ),
+    ],
+)
+def test_when_one_goes_the_other_says_so_and_goes(number, name, launch, finish, tmp_path):
+    folder = tmp_path / "run"
+    processes = launch(*ENDLESS, "--run-dir", folder)
+    end = time.monotonic() + 120
+    while len(checkpoints(folder)) < 2:
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        assert time.monotonic() < end, "no checkpoints in time"
+        time.sleep(0.01)
+    begun = time.monotonic()
+    processes[number].send_signal(name)
+    status, _, stderr = finish(processes[1 - number])
+    assert time.monotonic() - begun < BOUND
+    victim = finish(processes[number])
     assert status == 1
     newest = max(checkpoints(folder), key=lambda path: int(path.name))
     assert stderr.startswith(GONE)
@@ -143,7 +129,7 @@ def test_when_one_goes_the_other_says_so_and_goes(number, name, left):
         assert victim[2] == said
     # What is left is good.
     results = evaluate_run(RunFolder(folder))
-    assert results["batch"]["step"] == int(newest.name)
+    assert results["none"]["step"] == int(newest.name)
 
 
 def test_what_ends_process_0_ends_all(launch, finish, tmp_path):
