@@ -23,6 +23,7 @@ from bn_jax.train.placement import make_placement
 from bn_jax.train.run_folder import RunFolder, finite, metrics_line
 from bn_jax.train.step import accuracy, init_state
 from bn_jax.train.summary import summarize
+from bn_jax.train.witness import remains
 
 
 class Interrupted(Exception):
@@ -59,17 +60,10 @@ def run_experiment(
         folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
         folder.write("curves.png", plot_curves(arms, config))
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {last_checkpoint(config, folder)}") from None
+        raise Interrupted(f"stopped; {remains(folder.path)}") from None
     console.print(comparison_table(summary, config))
     console.print(f"Curves, metrics and checkpoints are in {where}.", soft_wrap=True)
     return folder
-
-
-def last_checkpoint(config: TrainConfig, folder: RunFolder) -> str:
-    """What a run that ends early leaves, in words."""
-    found = [newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms]
-    kept = [path for path in found if path]
-    return f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was due yet"
 
 
 def run_arms(
