@@ -5,10 +5,11 @@ A command is a function; its arguments, types and docstring are its flags and it
 
 import _thread
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +23,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.launch import ALONE, Launch, join
+from bn_jax.train.launch import ALONE, Launch
 
 app = tyro.extras.SubcommandApp()
 stderr = Console(stderr=True)
@@ -40,17 +41,18 @@ def train(
     examples. Shows progress, prints a table, and leaves config.json, metrics.jsonl, summary.json,
     curves.png and checkpoints in the run's folder.
     """
-    processes = join(launch)
-    split_cpu((config.devices or 1) // (processes or 1))
-    choose_device(config.device)
     from bn_jax.train.company import run_in_company
+    from bn_jax.train.device import choose_device, split_cpu
     from bn_jax.train.experiment import Interrupted, run_experiment
 
+    launch = launch.with_environment(os.environ)
     # Of what it also raises, orbax logs pages.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    if processes is not None:
-        run_in_company(config, stdout)
+    if not launch.is_alone:
+        run_in_company(config, launch, stdout)
         return
+    split_cpu(config.devices)
+    choose_device(config.device)
     try:
         run_experiment(config, stdout)
     except Interrupted as stop:
@@ -111,33 +113,6 @@ def bench(
     suites = SUITES if suite == "all" else (suite,)
     if not run_suites(suites, turns=turns, data_dir=data_dir, folder=folder, console=stdout):
         raise SystemExit(1)
-
-
-def split_cpu(devices: int) -> None:
-    """Make several devices of this process's CPU; where JAX is in use already, it stays as it is.
-
-    Other kinds of device are what they are, and `train` says if they are too few.
-    """
-    import jax
-
-    if devices > 1:
-        with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", devices)
-
-
-def choose_device(device: str) -> None:
-    """Make JAX compute on the kind of device that was asked for, or refuse."""
-    if device == "auto":
-        return
-    import jax
-
-    try:
-        jax.config.update("jax_default_device", jax.local_devices(backend=device)[0])
-    except RuntimeError as error:
-        raise ValueError(
-            f"--device {device}: JAX finds none here ({error}); install jax's build for it, or "
-            "choose --device auto"
-        ) from error
 
 
 @contextmanager

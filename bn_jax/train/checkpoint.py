@@ -33,7 +33,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if loss_of_company(error):
+        if jax.process_count() > 1 and loss_of_company(error):
             return  # what is being written waits for a process that is gone
         try:
             self.manager.wait_until_finished()

@@ -18,14 +18,20 @@ from rich.console import Console
 
 from bn_jax.train import witness
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.device import choose_device, split_cpu
 from bn_jax.train.experiment import Interrupted, run_experiment
+from bn_jax.train.launch import Launch, join
 from bn_jax.train.processes import is_first, loss_of_company
 
 
-def run_in_company(config: TrainConfig, console: Console) -> None:
-    """`run_experiment` as one of several processes that have met; ends this one if it fails."""
+def run_in_company(config: TrainConfig, launch: Launch, console: Console) -> None:
+    """`run_experiment` as one of several processes, which meet first; ends this one if it fails."""
     with in_company() as company:
         try:
+            join(launch)
+            company.note("met")
+            split_cpu(config.devices, launch.processes or 1)
+            choose_device(config.device)
             run_experiment(
                 config,
                 console if is_first() else Console(quiet=True),
@@ -35,11 +41,12 @@ def run_in_company(config: TrainConfig, console: Console) -> None:
         except Interrupted as stop:
             company.leave(f"{stop}\n" if is_first() else "", 130)
         except KeyboardInterrupt:
-            company.leave("stopped\n" if is_first() else "", 130)
+            company.leave("stopped\n" if launch.process_id in (0, None) else "", 130)
         except Exception as error:
             if (reason := loss_of_company(error)) is not None:
                 company.note(f"lost {reason}")
                 os._exit(1)
+            # What is known is said to the user without a traceback, as `main` does.
             known = isinstance(error, ValueError | OSError)
             company.leave(f"error: {error}\n" if known else traceback.format_exc(), 1 + known)
 

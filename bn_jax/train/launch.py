@@ -1,13 +1,16 @@
 """How a process finds the others of its run: by flags, by environment variables, or a scheduler."""
 
 import dataclasses
-import os
+import signal
 from collections.abc import Mapping
 
 import jax
 
 HEARTBEAT = 30
 """Seconds of silence after which a process counts as gone, if its sockets do not tell at once."""
+
+PATIENCE = 300
+"""Seconds to wait for the others at the start: schedulers do not start all at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,46 +70,54 @@ class Launch:
         missing = {name: value for name, value in found.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing says that there are other processes."""
+        return not self.distributed and self.given == (None, None, None)
+
+    @property
+    def given(self) -> tuple[str | None, int | None, int | None]:
+        """Where to meet, how many, and which this is."""
+        return self.coordinator, self.processes, self.process_id
+
 
 ALONE = Launch()
 
 
-def join(launch: Launch) -> int | None:
+def join(launch: Launch) -> None:
     """Meet the other processes of a run, before JAX is in use.
 
-    Returns:
-        How many there are (1 if a scheduler alone knows), or None if nothing says that there are.
+    Where they do not come in time, JAX ends this process.
 
     Raises:
-        ValueError: something is missing that neither flag nor variable gives, or no scheduler is
-            found, or the others do not come.
+        ValueError: something is missing that neither flag nor variable gives, or no scheduler.
     """
-    launch = launch.with_environment(os.environ)
-    given = {
-        "--coordinator": launch.coordinator,
-        "--processes": launch.processes,
-        "--process-id": launch.process_id,
-    }
-    missing = [flag for flag, value in given.items() if value is None]
-    if not launch.distributed:
-        if len(missing) == len(given):
-            return None
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)}: must be given too for a run of several processes; or "
-                "let --distributed take it from the scheduler"
-            )
+    flags = "--coordinator", "--processes", "--process-id"
+    missing = [f for f, value in zip(flags, launch.given, strict=True) if value is None]
+    if missing and not launch.distributed:
+        raise ValueError(
+            f"{' and '.join(missing)}: must be given too for a run of several processes; or let "
+            "--distributed take it from the scheduler"
+        )
+    # Python would hear a Ctrl-C only when the waiting is over.
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
-            *given.values(),
+            *launch.given,
             cluster_detection_method=None if launch.distributed else "deactivate",
+            initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=HEARTBEAT,
         )
     except (ValueError, RuntimeError) as error:
-        hint = "no scheduler is found that says" if missing else "the processes cannot meet at"
-        what = ", ".join(missing) if missing else launch.coordinator
+        reason = str(error).splitlines()[0]
+        if missing:
+            raise ValueError(
+                f"--distributed: JAX finds no scheduler that gives {' and '.join(missing)} "
+                f"({reason}); give what is missing by flags"
+            ) from error
         raise ValueError(
-            f"{hint} {what} ({str(error).splitlines()[0]}); give --coordinator, --processes and "
-            "--process-id, the same address for all and a port that is free"
+            f"--coordinator {launch.coordinator}: the processes cannot meet there ({reason}); "
+            "choose an address of process 0's machine and a port that is free"
         ) from error
-    return launch.processes or 1
+    finally:
+        signal.signal(signal.SIGINT, heard)

@@ -52,7 +52,7 @@ def loss_of_company(error: BaseException | None) -> str | None:
 
     Such errors are of several classes; they begin with one of XLA's codes.
     """
-    while error is not None and jax.process_count() > 1:
+    while error is not None:
         first, *_ = str(error).splitlines() or [""]
         if first.split(":")[0] in LOSSES:
             return first

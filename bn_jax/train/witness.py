@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+UNMET = (
+    "the processes of this run did not meet in time; start each with its own --process-id, and all "
+    "with the same --coordinator, an address of process 0's machine, and --processes"
+)
 GONE = "another process of this run is gone, so this one ends too"
 FATAL = b"distributed service detected fatal errors"
 MARK = b"\0bn-jax "
-"""Begins a line that is not C++'s, but for the witness: folder PATH, lost REASON or done."""
+"""Begins a line that is not C++'s, but for the witness: met, folder PATH, lost REASON or done."""
 ENOUGH = 2**16
 """Bytes of C++'s text that are kept."""
 
@@ -32,7 +36,10 @@ def watch(source: BinaryIO, target: TextIO) -> None:
     if b"done" in notes:
         return
     failure = re.search(rb"^F\d{4} .*", text, re.DOTALL | re.MULTILINE)
-    if b"lost" in notes or (failure and FATAL in failure[0]):
+    fatal = failure is not None and FATAL in failure[0]
+    if fatal and b"met" not in notes:
+        target.write(f"error: {UNMET}\n")
+    elif fatal or b"lost" in notes:
         reason = f" ({notes[b'lost']})" if notes.get(b"lost") else ""
         folder = Path(notes[b"folder"]) if b"folder" in notes else None
         target.write(f"error: {GONE}{reason}; {remains(folder)}\n")

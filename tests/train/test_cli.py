@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.launch import Launch
 
 STEPS, EVERY = 1000, 250
 
@@ -116,7 +117,7 @@ def test_evaluate_says_what_the_summary_says(run, summary, start, finish):
 def test_help_has_every_flag(main, capsys):
     assert main("train", "--help") == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(TrainConfig):
+    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(Launch)):
         assert f"--{field.name.replace('_', '-')} " in text
 
 

@@ -20,7 +20,7 @@ from bn_jax.train.experiment import evaluate_run
 from bn_jax.train.loop import train
 from bn_jax.train.run_folder import RunFolder
 from bn_jax.train.step import init_state
-from bn_jax.train.witness import MARK, watch
+from bn_jax.train.witness import MARK, UNMET, watch
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 pytestmark = [needs_signals, pytest.mark.usefixtures("lenient")]
@@ -144,6 +144,14 @@ def test_what_ends_process_0_ends_all(launch, finish, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_who_waits_in_vain_says_so(start, finish):
+    impatient = "import bn_jax.train.launch as launch\nlaunch.PATIENCE = 1"
+    common = ("--coordinator", "127.0.0.1:1", "--processes", 2, "--process-id", 1)
+    status, stdout, stderr = finish(start("train", *common, before=impatient))
+    assert status != 0
+    assert (stdout, stderr) == ("", f"error: {UNMET}\n")
+
+
 @pytest.mark.parametrize("end", ["os.abort()", "os._exit(1)"])
 def test_a_failure_of_another_kind_shows_its_text(end):
     program = (
@@ -167,9 +175,11 @@ def said(*lines):
 
 def test_the_words_of_a_witness(tmp_path):
     killed = b"E0101 polled\nF0101 the JAX distributed service detected fatal errors. More\n at\n"
-    folder = MARK + f"folder {tmp_path}\n".encode()
+    met = MARK + b"met\n"
+    folder = met + MARK + f"folder {tmp_path}\n".encode()
     assert said() == said(b"[Gloo] connected\n") == said(killed, MARK + b"done\n") == ""
-    assert said(killed) == said(folder, killed) == f"{GONE}; no checkpoint was due yet\n"
+    assert said(killed) == f"error: {UNMET}\n"
+    assert said(met, killed) == said(folder, killed) == f"{GONE}; no checkpoint was due yet\n"
     for name in ("batch/10", "batch/9", "batch/11.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         os.utime(tmp_path / "checkpoints" / name, (1, 1))

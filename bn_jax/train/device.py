@@ -1,0 +1,33 @@
+"""Before JAX is in use: the kind of device, and how many the CPU is to be."""
+
+from contextlib import suppress
+
+import jax
+
+
+def split_cpu(devices: int | None, processes: int = 1) -> None:
+    """Make several devices of the CPU; where JAX is in use already, it stays as it is.
+
+    Other kinds of device are what they are, and `make_placement` says if they are too few.
+
+    Args:
+        devices: how many over all processes; None leaves one in each.
+        processes: of which this is one.
+    """
+    each = (devices or 1) // processes
+    if each > 1:
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", each)
+
+
+def choose_device(device: str) -> None:
+    """Make JAX compute on the kind of device that was asked for, or refuse."""
+    if device == "auto":
+        return
+    try:
+        jax.config.update("jax_default_device", jax.local_devices(backend=device)[0])
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {device}: JAX finds none here ({error}); install jax's build for it, or "
+            "choose --device auto"
+        ) from error

@@ -1,0 +1,111 @@
+"""How processes find each other: flags, variables, a scheduler; and what is said if not."""
+
+import dataclasses
+import re
+import signal
+
+import jax
+import pytest
+
+from bn_jax.train.launch import ALONE, Launch, join
+
+VARIABLES = {
+    "JAX_COORDINATOR_ADDRESS": "10.0.0.1:7788",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What jax.distributed.initialize is asked for."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    return calls
+
+
+def test_alone():
+    assert ALONE.with_environment({}) == ALONE
+    assert ALONE.is_alone
+    for given in (
+        {"coordinator": "a:1"},
+        {"processes": 2},
+        {"process_id": 0},
+        {"distributed": True},
+    ):
+        assert not Launch(**given).is_alone
+
+
+def test_variables_give_what_flags_do_not():
+    assert ALONE.with_environment(VARIABLES).given == ("10.0.0.1:7788", 4, 3)
+    flags = Launch(coordinator="[::1]:1", process_id=0)
+    assert flags.with_environment(VARIABLES).given == ("[::1]:1", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: must be an integer of at least 0"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: must be an integer of at least 0"),
+        ({"JAX_PROCESS_ID": "4"}, "--process-id 4: must be from 0 to 3, one for each process"),
+        ({"JAX_NUM_PROCESSES": "0"}, "--processes 0: must be a positive integer"),
+        ({"JAX_COORDINATOR_ADDRESS": "here"}, "--coordinator here: must be HOST:PORT, e.g. "),
+    ],
+)
+def test_a_variable_that_makes_no_sense(variables, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        ALONE.with_environment(VARIABLES | variables)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "here"}, "--coordinator here: must be HOST:PORT"),
+        ({"coordinator": ":7788"}, "--coordinator :7788: must be HOST:PORT"),
+        ({"processes": 0}, "--processes 0: must be a positive integer"),
+        ({"process_id": -1}, "--process-id -1: must be from 0, one"),
+        ({"process_id": 2, "processes": 2}, "--process-id 2: must be from 0 to 1, one"),
+    ],
+)
+def test_a_flag_that_makes_no_sense(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Launch(**fields)
+
+
+def test_what_jax_is_asked(calls):
+    given = Launch(coordinator="a:1", processes=2, process_id=1)
+    join(given)
+    join(dataclasses.replace(given, distributed=True))
+    (a, by_hand), (b, by_scheduler) = calls
+    assert a == b == ("a:1", 2, 1)
+    assert by_hand["cluster_detection_method"] == "deactivate"
+    assert by_scheduler["cluster_detection_method"] is None
+    assert by_hand["heartbeat_timeout_seconds"] == 30
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_missing(calls):
+    message = "--processes and --process-id: must be given too for a run of several processes"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        join(Launch(coordinator="a:1"))
+    assert calls == []
+
+
+def test_no_scheduler(monkeypatch):
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    message = "--distributed: JAX finds no scheduler that gives --coordinator and --process-id (coo"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        join(Launch(processes=2, distributed=True))
+
+
+def test_no_place_to_meet(monkeypatch):
+    def initialize(*_, **__):
+        raise RuntimeError("UNKNOWN: port taken\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    message = "--coordinator a:1: the processes cannot meet there (UNKNOWN: port taken); choose"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        join(Launch(coordinator="a:1", processes=2, process_id=0))
