@@ -29,7 +29,10 @@ def run_in_company(config: TrainConfig, launch: Launch, console: Console) -> Non
     with in_company() as company:
         try:
             join(launch)
-            company.note("met")
+        except ValueError as error:
+            company.leave(f"error: {error}\n", 2)
+        company.note("met")
+        try:
             split_cpu(config.devices, launch.processes or 1)
             choose_device(config.device)
             run_experiment(

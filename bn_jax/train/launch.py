@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import socket
 from collections.abc import Mapping
 
 import jax
@@ -99,6 +100,8 @@ def join(launch: Launch) -> None:
             f"{' and '.join(missing)}: must be given too for a run of several processes; or let "
             "--distributed take it from the scheduler"
         )
+    if launch.process_id == 0 and launch.coordinator:
+        check_port(launch.coordinator)
     # Python would hear a Ctrl-C only when the waiting is over.
     heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -121,3 +124,14 @@ def join(launch: Launch) -> None:
         ) from error
     finally:
         signal.signal(signal.SIGINT, heard)
+
+
+def check_port(address: str) -> None:
+    """Refuse a port of this machine that is taken, on which JAX's service may crash."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--coordinator {address}: process 0 cannot listen there ({error}); choose a port "
+            "that is free"
+        ) from error

@@ -25,7 +25,7 @@ from bn_jax.train.step import (
     Labels,
     TrainState,
     TrainStep,
-    correct_labels,
+    accuracy_by_chunks,
     in_chunks,
     init_state,
     make_train_step,
@@ -105,10 +105,11 @@ def train(
     state = placement.everywhere(init_state(model, optimizer, first, config.seed))
     gradients = build_gradients(config, placement)
     train_step = make_train_step(model, optimizer, config.binarization, gradients)
-    score = jax.jit(functools.partial(correct_labels, model, config.binarization))
+    count = len(data.test_images)
+    score = jax.jit(functools.partial(accuracy_by_chunks, count, model, config.binarization))
 
     def evaluate(state: TrainState) -> float:
-        return float(score(state, test_images, test_labels) / len(data.test_images))
+        return float(score(state, test_images, test_labels))
 
     @functools.cache
     def compiled(steps: int) -> jax.stages.Compiled:

@@ -97,17 +97,18 @@ def accuracy(
     Under a stochastic input, all evaluations see the same draw.
     """
     chunks = jax.tree.map(in_chunks, (images, labels))
-    return correct_labels(model, binarization, state, *chunks) / len(images)
+    return accuracy_by_chunks(len(images), model, binarization, state, *chunks)
 
 
-def correct_labels(
+def accuracy_by_chunks(
+    count: int,
     model: nn.Module,
     binarization: Binarization,
     state: TrainState,
     images: UInt8[Array, "chunks size height width"],
     labels: Int[Array, "chunks size"],
 ) -> Float[Array, ""]:
-    """How many images of some chunks the network labels rightly."""
+    """The same, of images in chunks, of which count have a label that may be right."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     key = jax.random.key(0)
 
@@ -116,7 +117,7 @@ def correct_labels(
         logits: Any = model.apply(variables, inputs, train=False)
         return jnp.argmax(logits, -1) == chunk[1]
 
-    return jnp.sum(jax.lax.map(correct, (images, labels)).astype(jnp.float32))
+    return jnp.sum(jax.lax.map(correct, (images, labels)).astype(jnp.float32)) / count
 
 
 def in_chunks(examples: Any) -> Any:

@@ -34,6 +34,8 @@ ALL_FLAGS = [
         "init_std": 0.05,
         "dataset": "mnist",
         "device": "auto",
+        "devices": 2,
+        "group_size": 5,
         "optimizer": "sgd",
         "schedule": "constant",
         "average": "ema",
@@ -54,6 +56,7 @@ ALL_FLAGS = [
         "binarization": "stochastic",
         "device": "cpu",
         "weight_decay": 0.01,
+        "micro_batches": 4,
     },
     {
         "model": "tower",

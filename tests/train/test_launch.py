@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import signal
+import socket
 
 import jax
 import pytest
@@ -108,4 +109,14 @@ def test_no_place_to_meet(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     message = "--coordinator a:1: the processes cannot meet there (UNKNOWN: port taken); choose"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        join(Launch(coordinator="a:1", processes=2, process_id=0))
+        join(Launch(coordinator="a:1", processes=2, process_id=1))
+
+
+def test_a_port_that_is_taken(calls):
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        message = f"--coordinator {address}: process 0 cannot listen there"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)} .*; choose a port"):
+            join(Launch(coordinator=address, processes=2, process_id=0))
+        join(Launch(coordinator=address, processes=2, process_id=1))
+    assert len(calls) == 1
