@@ -37,7 +37,10 @@ def leaves(state):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"binarization": "stochastic", "micro_batches": 3, "optimizer": "momentum"}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"binarization": "stochastic", "micro_batches": 3, "optimizer": "momentum"},
+    ],
     ids=["plain", "in parts"],
 )
 def test_eight_devices_are_one(options, digits):
