@@ -77,7 +77,9 @@ def run_chunk(
     """
 
     def body(state: TrainState, rows: Array) -> tuple[TrainState, Array]:
-        state, loss = train_step(state, *placement.spread((images[rows], labels[rows])))
+        # Replicated on the way, which saves to gather the rows from where their examples go.
+        batch = placement.replicate((images[rows], labels[rows]))
+        state, loss = train_step(state, *placement.spread(batch))
         return placement.replicate(state), loss
 
     rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
