@@ -54,7 +54,8 @@ def run_experiment(
     started(folder)
     where = f"[bold]{folder.path}[/bold]"
     try:
-        console.print(f"{machine()}; run folder {where}", soft_wrap=True)
+        spread = f"{config.devices} of " if config.devices else ""
+        console.print(f"{spread}{machine()}; run folder {where}", soft_wrap=True)
         arms = run_arms(config, data, folder, console)
         summary = summarize(arms) | {"config": json.loads(config.to_json()), "versions": versions()}
         folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
