@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +90,24 @@ def main(monkeypatch):
     return run
 
 
-def heed_interrupts() -> None:
+@contextmanager
+def heeding_interrupts():
     """Ctrl-C works in a process that is started here, also where it does not for pytest itself.
 
     As in workers of pytest-xdist and in a shell's background: what is ignored is inherited.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def heeded():
+    """Ctrl-C reaches this process."""
+    with heeding_interrupts():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -114,16 +127,16 @@ def start():
         program = ["-m", "bn_jax"]
         if before:
             program = ["-c", f"{before}\nfrom bn_jax.cli import main\nmain()"]
-        process = subprocess.Popen(
-            [sys.executable, *program, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(not optimize)},
-            preexec_fn=heed_interrupts,
-            **options,
-        )
+        with heeding_interrupts():
+            process = subprocess.Popen(
+                [sys.executable, *program, *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                env=environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(not optimize)},
+                **options,
+            )
         processes.append(process)
         return process
 

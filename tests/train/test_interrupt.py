@@ -99,14 +99,6 @@ def test_a_kill(stopped, start, finish):
     assert f" {newest:,} " in stdout
 
 
-@pytest.fixture
-def heeded():
-    """Ctrl-C reaches this process, which may have been started without."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heeded")
 def test_while_the_data_is_read(main, capsys, monkeypatch):
     monkeypatch.setattr("bn_jax.train.experiment.load", lambda *_, **__: signal.raise_signal(2))
