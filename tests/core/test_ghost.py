@@ -172,7 +172,8 @@ def test_no_communication_where_groups_lie_within_shards(kind, group_size):
     with jax.set_mesh(mesh):
         assert communication(step, x, x) == []
         pooled = communication(lambda x: train(x, group_size=group_size)[1], x)
-        assert [size for _, size in pooled] in ([12, 24], [24, 36])  # 3 features: C + 2C floats
+        # Of 3 features, C + 2C floats; with jax 0.8.2 also the counts, which are constants.
+        assert sorted(size for _, size in pooled) in ([12, 24], [24, 36])
         y, _ = jax.jit(lambda x: train(x, group_size=group_size))(x)
         assert y.sharding.is_equivalent_to(x.sharding, x.ndim)
     np.testing.assert_allclose(y, one_by_one(np.asarray(x), group_size), atol=2e-6)

@@ -66,7 +66,7 @@ def member(group_size, *args):
 
 
 def shard_mapped(devices, group_size):
-    mesh = jax.make_mesh((devices,), ("d",))
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
 
     def step(x, where, dy):
         forward = functools.partial(remember_all, group_size=group_size, axis_name="d")

@@ -145,8 +145,9 @@ def test_vmap_inside_of_shard_map():
     close(in_shard_map("m", False), alone(X.reshape(4, 4, 3)))
     strided = split(X).reshape(4, 2, 2, 3).transpose(1, 0, 2, 3).reshape(2, 8, 3)
     expected = alone(strided).reshape(2, 4, 2, 3).transpose(1, 0, 2, 3).reshape(X.shape)
-    for check in False, True:
-        close(in_shard_map("d", check), expected)
+    close(in_shard_map("d", False), expected)
+    if jax.__version_info__ >= (0, 10):  # jax 0.8.2 fails in it
+        close(in_shard_map("d", True), expected)
 
 
 @pytest.mark.parametrize("names", ["m", ("d", "m")])
