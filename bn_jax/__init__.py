@@ -14,6 +14,10 @@ from bn_jax.core.averages import Ema as Ema
 from bn_jax.core.averages import advance as advance
 from bn_jax.core.batch_norm import batch_norm as batch_norm
 from bn_jax.core.batch_norm import init as init
+from bn_jax.core.fold import fold_conv as fold_conv
+from bn_jax.core.fold import fold_conv_transpose as fold_conv_transpose
+from bn_jax.core.fold import fold_dense as fold_dense
+from bn_jax.core.fold import fold_into_following_dense as fold_into_following_dense
 from bn_jax.core.moments import Moments as Moments
 from bn_jax.core.moments import measure as measure
 from bn_jax.core.moments import merge as merge
