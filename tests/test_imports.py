@@ -26,6 +26,7 @@ FORBIDDEN = {
     # flax itself loads rich, and its nnx optax
     "bn_jax.layers.linen": HEAVY - {"flax", "rich"} | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.nnx": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
+    "bn_jax.layers.fold": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
 }
 
 
