@@ -84,7 +84,7 @@ def evaluate(run: tyro.conf.Positional[Path], data_dir: Path | None = None) -> N
 @app.command
 def bench(
     suite: Literal[
-        "all", "accuracy", "layer", "train-step", "memory", "compile", "scaling"
+        "all", "accuracy", "layer", "train-step", "memory", "compile", "scaling", "fold"
     ] = "all",
     turns: int = 15,
     output_dir: Path | None = None,
@@ -97,7 +97,7 @@ def bench(
 
     Args:
         suite: What to measure: one layer's time, a training step's, errors against float64,
-            memory for the backward pass, compile time, traffic between devices.
+            memory for the backward pass, compile time, traffic between devices, what folding saves.
         turns: How many times each contender's turn comes, where time is measured.
         output_dir: Where to leave the results; by default bench-<date and time> under runs.
         data_dir: A folder with MNIST's files, for train-step.

@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 from rich.console import Console
 
-from bn_jax.bench import accuracy, compile_time, layer, memory, scaling, train_step
+from bn_jax.bench import accuracy, compile_time, fold, layer, memory, scaling, train_step
 from bn_jax.bench.peers import installed
 from bn_jax.bench.plots import save_plots
 from bn_jax.bench.report import Report, environment, save, show
 
-Suite = Literal["accuracy", "layer", "train-step", "memory", "compile", "scaling"]
+Suite = Literal["accuracy", "layer", "train-step", "memory", "compile", "scaling", "fold"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
 ALLOCATOR = {
@@ -64,4 +64,6 @@ def run_suite(suite: Suite, peers: Sequence[str], turns: int, data_dir: Path | N
         return memory.run(peers)
     if suite == "scaling":
         return scaling.run()
+    if suite == "fold":
+        return fold.run(turns=turns)
     return compile_time.run(peers, turns=turns)
