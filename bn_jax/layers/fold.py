@@ -7,7 +7,8 @@ report.
 
 A model without its batch norms computes what the model computes at evaluation, by the running
 statistics, also if it was set to train. In the place of a batch norm is `identity`, so that all
-other layers keep their names. For accuracy see `bn_jax.fold_dense`.
+other layers keep their names. Layers are changed where they stand, also for who reaches into a
+Sequential from outside of it. For accuracy see `bn_jax.fold_dense`.
 """
 
 from collections import Counter

@@ -111,7 +111,7 @@ class Folding(NamedTuple):
 def fold_chain(chain: Sequence[Link]) -> Folding:
     """Fold every batch norm into the layer before it, else into the one after it, else not.
 
-    One that is gone is no neighbour any more: of two in a row, both are folded.
+    One that is gone is no neighbour any more: of two in a row after a layer, both are folded.
     """
     links = dict(enumerate(chain))
     result = Folding({}, set(), [])

@@ -573,6 +573,35 @@ MUTATIONS = [
         "return jnp.dtype(dtype)",
         "accuracy",
     ),
+    # fold.py
+    Mutation(
+        "fold scales before b meets the mean",
+        "fold.py",
+        "scale * (b - mean) + shift",
+        "scale * b + (shift - scale * mean)",
+        "fold",
+    ),
+    Mutation(
+        "fold takes the inputs of a transposed kernel",
+        "fold.py",
+        "axis=-2 if transpose_kernel else -1",
+        "axis=-1",
+        "fold",
+    ),
+    Mutation(
+        "fold forgets that the kernel is rounded",
+        "fold.py",
+        "new.astype(wide), precision",
+        "(kernel.astype(wide) * scale[:, None]), precision",
+        "fold",
+    ),
+    Mutation(
+        "fold in half precision",
+        "fold.py",
+        "np.promote_types(*map(statistics_dtype, (kernel.dtype, mean.dtype)))",
+        "kernel.dtype",
+        "fold",
+    ),
     # ghost.py, replicas.py, pool_states.py, and weights of zero
     Mutation(
         "what is left over is padded, and not masked",

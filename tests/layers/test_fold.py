@@ -145,6 +145,10 @@ LEFT = {
         [linen_norm(), nn.Dense(4, dtype=jnp.bfloat16)],
         "precedes layers_1 Dense in bfloat16, too coarse",
     ),
+    "wider input": (
+        [linen_norm(dtype=jnp.complex64), nn.Dense(4)],
+        "precedes layers_1 Dense in float32, which it makes complex64",
+    ),
     "used twice": ([nn.Dense(4), n := linen_norm(), nn.relu, n], "stays: is used 2 times"),
 }
 
@@ -158,6 +162,13 @@ def test_what_stays_and_why(case, lenient):
     assert len(report.stays) == len(report) > 0
     jax.tree.map(np.testing.assert_array_equal, fewer, variables)
     np.testing.assert_array_equal(run(folded, fewer, x), run(model, variables, x))
+
+
+def test_two_in_a_row():
+    model, variables, x = initialized([nn.Dense(4), linen_norm(), linen_norm()], 8, 4)
+    folded, fewer, report = fold_linen(model, variables)
+    assert [fate.into for fate in report] == ["layers_0 Dense"] * 2
+    same(run(folded, fewer, x), run(model, variables, x))
 
 
 def test_a_list_of_axes():
