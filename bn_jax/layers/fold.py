@@ -8,7 +8,9 @@ report.
 A model without its batch norms computes what the model computes at evaluation, by the running
 statistics, also if it was set to train. In the place of a batch norm is `identity`, so that all
 other layers keep their names. Layers are changed where they stand, also for who reaches into a
-Sequential from outside of it. For accuracy see `bn_jax.fold_dense`.
+Sequential from outside of it. For accuracy see `bn_jax.fold_dense`, for speed
+`bn_jax.bench.fold`: folding saves operations, compilation and arrays, and little time under jit on
+a CPU, where XLA fuses an unfolded batch norm with its neighbours.
 """
 
 from collections import Counter
