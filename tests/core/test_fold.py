@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -130,7 +130,7 @@ def folded(fold, linear, x, kernel, bias, params, state):
     return z + offset.reshape([1] * (z.ndim - 1) + [-1])
 
 
-@few
+@settings(few, max_examples=10)  # each compiles
 @given(layers(), seeds, st.sets(st.sampled_from("bγβ")))
 def test_folded_is_unfolded(layer, seed, absent):
     fold, linear, *shapes = layer
