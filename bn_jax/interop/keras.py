@@ -1,0 +1,204 @@
+"""keras.layers.BatchNormalization: its weights, as a list or by name, in and out.
+
+Differs from ours in the words: `gamma`, `beta`, `moving_mean`, `moving_variance` (a variance, in
+spite of layers that keep a standard deviation elsewhere). `momentum` is our decay; ε is 1e-3 by
+default, a hundred times ours; the running variance is biased; no count is kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bn_jax.core.averages import BatchNormState, Ema
+from bn_jax.core.normalize import BatchNormParams
+from bn_jax.interop.checks import read_layer, refusal, refuse_extra, require
+from bn_jax.interop.settings import (
+    Settings,
+    as_settings,
+    decay_of,
+    read_epsilon,
+    read_outgoing,
+)
+
+NAMES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
+
+
+def from_keras(
+    weights: Mapping[str, Any] | Sequence[Any],
+    prefix: str = "",
+    *,
+    scale: bool | None = None,
+    center: bool | None = None,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    count: int = 0,
+    values_per_feature: float | None = None,
+) -> tuple[BatchNormParams, BatchNormState, Settings]:
+    """The weights of one BatchNormalization.
+
+    Args:
+        weights: `layer.get_weights()`; or arrays or variables by name, where "bn/gamma" and
+            "bn/gamma:0" are read as gamma of the layer "bn".
+        prefix: the layer's name before the slash, if weights are by name.
+        scale: as the layer was made, needed for a list of three; None reads it off otherwise.
+        center: likewise.
+        momentum: as the layer was made.
+        epsilon: likewise.
+        count: how many batches were seen, which keras does not keep. It matters for an average that
+            depends on it, such as `DebiasedEma`, which takes a state of count 0 for new.
+        values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
+            core's convention; None copies keras' own. See `bn_jax.interop.settings`.
+
+    Returns:
+        (params, state, settings): scale or bias are None where gamma or beta are absent.
+
+    Raises:
+        CheckpointError: an entry is missing, extra, wrongly shaped, not finite, or no array; the
+            variance is negative; a list of three is ambiguous.
+        ValueError: momentum is outside of [0, 1], epsilon is negative, or values_per_feature not
+            above 1.
+
+    >>> import numpy as np
+    >>> gamma, beta, mean, variance = np.array([[2.0], [0.5], [1.0], [4.0]], np.float32)
+    >>> params, state, settings = from_keras([gamma, beta, mean, variance])
+    >>> params.scale.tolist(), state.var.tolist(), settings["epsilon"], settings["unbiased"]
+    ([2.0], [4.0], 0.001, False)
+    """
+    if isinstance(weights, Mapping):
+        found = by_name(weights, prefix)
+    else:
+        found = in_order(weights, scale, center)
+    for name, wanted in (("gamma", scale), ("beta", center)):
+        if wanted is not None and wanted != (name in found):
+            raise refusal(
+                name,
+                f"is {'missing' if wanted else 'there'}",
+                "scale (for gamma) and center (for beta) say otherwise: give them as in the "
+                "layer's constructor",
+            )
+    remedy = "a BatchNormalization has it: pass all of its weights"
+    values = {
+        "scale": found.get("gamma"),
+        "bias": found.get("beta"),
+        "mean": require(found, "moving_mean", remedy),
+        "var": require(found, "moving_variance", remedy),
+    }
+    params, state = read_layer(values, NAMES, count=count)
+    state, settings = as_settings(state, Ema(momentum), epsilon, values_per_feature)
+    return params, state, settings
+
+
+def to_keras(
+    params: BatchNormParams,
+    state: BatchNormState,
+    settings: Settings,
+    *,
+    values_per_feature: float | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The weights of one BatchNormalization, and the arguments to make its layer with.
+
+    Args:
+        params: as the core has them, of shape [features].
+        state: likewise; its count is dropped, as keras keeps none.
+        settings: as `from_keras` and the like return them, or a dict of average, epsilon, unbiased.
+        values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which keras
+            goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
+
+    Returns:
+        (weights, arguments): weights by name, in the order of `layer.set_weights`, which takes
+        `list(weights.values())` after the layer is built; momentum, epsilon, scale and center for
+        `BatchNormalization(**arguments)`.
+
+    Raises:
+        CheckpointError: a value is malformed, or keras has no such average.
+        ValueError: values_per_feature is not above 1.
+
+    >>> import bn_jax as bn
+    >>> settings = {"average": bn.Ema(0.99), "epsilon": 1e-3, "unbiased": False}
+    >>> weights, arguments = to_keras(*bn.init(3, use_bias=False), settings)
+    >>> list(weights), arguments
+    (['gamma', 'moving_mean', 'moving_variance'], \
+{'momentum': 0.99, 'epsilon': 0.001, 'scale': True, 'center': False})
+    """
+    ours = read_outgoing(
+        params, state, settings, unbiased=False, values_per_feature=values_per_feature
+    )
+    weights = {}
+    for field, name in NAMES.items():
+        value = getattr(ours, field)
+        if value is not None:
+            weights[name] = value
+    arguments = {
+        "momentum": decay_of(settings, "keras"),
+        "epsilon": read_epsilon(settings["epsilon"]),
+        "scale": params.scale is not None,
+        "center": params.bias is not None,
+    }
+    return weights, arguments
+
+
+def by_name(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Weights by their last name, of the layer that prefix names.
+
+    Raises:
+        CheckpointError: some are no batch norm's.
+
+    >>> by_name({"bn/gamma:0": 1, "dense/kernel:0": 2}, "bn")
+    {'gamma': 1}
+    """
+    start = f"{prefix.removesuffix('/')}/" if prefix else ""
+    found = {
+        key.removeprefix(start).split(":")[0]: value
+        for key, value in weights.items()
+        if key.startswith(start)
+    }
+    refuse_extra(
+        found,
+        NAMES.values(),
+        "give the layer's name as prefix. The weights of renorm=True (moving_stddev, renorm_mean, "
+        "renorm_stddev) have no counterpart here: leave them out, evaluation does not use them",
+    )
+    return found
+
+
+def in_order(weights: Sequence[Any], scale: bool | None, center: bool | None) -> dict[str, Any]:
+    """The list that get_weights returns, by name: gamma and beta first, if the layer has them.
+
+    Raises:
+        CheckpointError: it is no list of two to four, or three and not said which.
+
+    >>> in_order([1, 2, 3], None, False)
+    {'gamma': 1, 'moving_mean': 2, 'moving_variance': 3}
+    """
+    if isinstance(weights, bytes | str) or not isinstance(weights, Sequence):
+        raise refusal(
+            "weights",
+            f"are {type(weights).__name__}, neither a list nor a mapping",
+            "pass layer.get_weights(); nothing is unpickled here",
+        )
+    size = len(weights)
+    if size == 3 and scale is None and center is None:
+        raise refusal(
+            "weights",
+            "are three, so that the first is gamma or beta",
+            "say which by scale=False or center=False, as the layer was made",
+        )
+    if size not in (2, 3, 4):
+        raise refusal(
+            "weights",
+            f"are {size} arrays",
+            "a BatchNormalization has two to four: gamma, beta, moving_mean, moving_variance. With "
+            "renorm=True, pass the first four",
+        )
+    has_gamma = scale if scale is not None else size == 4 or (size == 3 and not center)
+    has_beta = center if center is not None else size == 4 or (size == 3 and not has_gamma)
+    affine = ["gamma"] * has_gamma + ["beta"] * has_beta
+    names = [*affine, "moving_mean", "moving_variance"]
+    if len(names) != size:
+        raise refusal(
+            "weights",
+            f"are {size} arrays, not {names}",
+            "give scale and center as in the layer's constructor",
+        )
+    return dict(zip(names, weights, strict=True))
