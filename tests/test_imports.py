@@ -10,17 +10,28 @@ from pathlib import Path
 import pytest
 
 import bn_jax.core
+import bn_jax.interop
 
 HEAVY = {"flax", "optax", "orbax", "matplotlib", "pooch", "tyro", "rich", "torch"}
+PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
+INTEROP = sorted(path.stem for path in Path(bn_jax.interop.__path__[0]).glob("[a-z]*.py"))
 CORE = sorted(path.stem for path in Path(bn_jax.core.__path__[0]).glob("[a-z]*.py"))
 
 # module -> what must not be loaded with it: top-level packages, or modules of ours
 FORBIDDEN = {
-    "bn_jax": HEAVY | {"bn_jax.layers", "bn_jax.data", "bn_jax.train", "bn_jax.bench"},
+    "bn_jax": HEAVY
+    | {"bn_jax.layers", "bn_jax.interop", "bn_jax.data", "bn_jax.train", "bn_jax.bench"},
     **{
         f"bn_jax.core.{name}": HEAVY
         | {"bn_jax.layers", "bn_jax.interop", "bn_jax.data", "bn_jax.train", "bn_jax.bench"}
         for name in CORE
+    },
+    # converters know other libraries by the objects that are passed, and import none
+    **{
+        f"bn_jax.interop{name}": HEAVY
+        | PEERS
+        | {"bn_jax.layers", "bn_jax.data", "bn_jax.train", "bn_jax.bench"}
+        for name in ("", *(f".{name}" for name in INTEROP))
     },
     "bn_jax.layers": HEAVY,
     # flax itself loads rich, and its nnx optax
@@ -53,3 +64,18 @@ def test_the_proof_can_fail(tmp_path):
     (tmp_path / "careless.py").write_text("import flax.struct\nimport bn_jax.layers\n")
     found = loaded_in_vain("import careless", {"flax", "bn_jax.layers", "torch"}, [str(tmp_path)])
     assert found == {"flax", "bn_jax.layers"}
+
+
+def test_values_are_converted_without_their_library():
+    program = "\n".join(
+        [
+            "import numpy as np, sys",
+            "from bn_jax.interop.torch import from_torch, to_torch",
+            "from bn_jax.interop.keras import to_keras",
+            "from bn_jax.interop.haiku import to_haiku",
+            "from bn_jax.interop.flax import to_flax",
+            "ours = from_torch({'running_mean': np.zeros(2), 'running_var': np.ones(2)})",
+            "to_torch(*ours), to_keras(*ours), to_haiku(*ours, ndim=2), to_flax(*ours)",
+        ]
+    )
+    assert not loaded_in_vain(f"exec({program!r})", PEERS)
