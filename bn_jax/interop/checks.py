@@ -8,7 +8,6 @@ is ever unpickled.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -93,7 +92,7 @@ def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarra
         )
     # float64 becomes float32 here unless jax_enable_x64 is set, and what overflows then is refused.
     with np.errstate(over="ignore"):
-        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        array = np.asarray(jnp.asarray(array))
     bad = ~np.isfinite(array)
     remedy = "training had diverged: take an earlier checkpoint, or measure the statistics anew"
     if positive and not bad.any():

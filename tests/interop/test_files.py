@@ -33,6 +33,13 @@ def test_other_files_are_refused_by_name(tmp_path, read, name):
         read(path)
 
 
+def test_the_name_decides_before_the_content(tmp_path):
+    path = tmp_path / "m.npy"
+    np.save(path, np.ones(3))
+    with pytest.raises(CheckpointError, match=r"is no .safetensors file; load it with torch.load"):
+        read_file(path)
+
+
 @pytest.mark.parametrize("kind", ["pickle", "zip"])
 def test_a_pickle_by_another_name_is_refused(tmp_path, kind):
     path = tmp_path / "m.safetensors"

@@ -144,3 +144,11 @@ def test_bfloat16_tensors_stay_as_they_are():
     params, state, _ = from_torch(layer.to(torch.bfloat16).state_dict())
     assert params.scale.dtype == state.mean.dtype == jnp.bfloat16
     assert_same(state.mean.astype(jnp.float32), layer.running_mean.float().numpy())
+
+
+def test_double_precision_stays_where_it_is_enabled(x64):
+    theirs = {k: v.astype(float) if v.ndim else v for k, v in state_dict().items()}
+    theirs["running_mean"] += 1e-12
+    back, _ = to_torch(*from_torch(theirs))
+    for key, value in back.items():
+        assert_same(value, theirs[key])
