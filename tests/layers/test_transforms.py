@@ -297,6 +297,81 @@ class TestNnxTransforms:
         same(layer.mean[...], plain.mean[...])
 
 
+class TestNnxUnderJaxTransforms:
+    """The README's recipe: split outside, merge inside, and carry the statistics out."""
+
+    def parts(self):
+        layer = Nnx(5, momentum=0.9, rngs=nnx.Rngs(0))
+        graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
+
+        def forward(params, stats, x):
+            model = nnx.merge(graph, params, stats, copy=True)
+            return model(x), nnx.state(model, nnx.BatchStat)
+
+        return forward, params, stats, layer
+
+    def test_jit(self):
+        forward, params, stats, layer = self.parts()
+        y, new = jax.jit(forward)(params, stats, X)
+        same(y, layer(X))
+        same(nnx.to_pure_dict(new), nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)))
+
+    def test_vmap(self):
+        forward, params, stats, _ = self.parts()
+        members = jnp.stack([X, 2 * X + 1])
+        y, new = jax.vmap(forward, (None, None, 0))(params, stats, members)
+        for n, x in enumerate(members):
+            layer = self.parts()[3]
+            same(y[n], layer(x))
+            same(nnx.to_pure_dict(new)["var"][n], layer.var[...])
+
+    def test_checkpoint(self):
+        forward, params, stats, _ = self.parts()
+
+        def loss(run):
+            return lambda x: jnp.sin(run(params, stats, x)[0]).sum()
+
+        same(jax.grad(loss(jax.checkpoint(forward)))(X), jax.grad(loss(forward))(X))
+
+    def test_scan(self):
+        forward, params, stats, layer = self.parts()
+        batches = jnp.stack([X, 2 * X + 1, X - 3])
+
+        def step(stats, x):
+            y, stats = forward(params, stats, x)
+            return stats, y
+
+        last, ys = jax.lax.scan(step, stats, batches)
+        for y, x in zip(ys, batches, strict=True):
+            same(y, layer(x))
+        nnx.update(layer, last)
+        again = self.parts()[3]
+        for x in batches:
+            again(x)
+        same(layer.mean[...], again.mean[...])
+        same(layer.var[...], again.var[...])
+
+    def test_eval_shape(self):
+        shapes = nnx.eval_shape(lambda: Nnx(5, rngs=nnx.Rngs(0)))
+        assert type(shapes) is Nnx
+        assert shapes.mean.get_value() == jax.ShapeDtypeStruct((5,), jnp.float32)
+
+    def test_bridge_to_linen_and_back(self):
+        """As one layer of a linen module, and a linen layer as a module of nnx."""
+        wrapped = nnx.bridge.ToLinen(Nnx, args=(5,), kwargs={"momentum": 0.9})
+        variables = wrapped.init(jax.random.key(0), X)
+        y, updates = wrapped.apply(variables, X, mutable=["batch_stats"])
+        layer = self.parts()[3]
+        layer(X)  # as initialization did
+        same(y, layer(X))
+        assert set(updates["batch_stats"]) == {"mean", "var"}
+
+        linen = nnx.bridge.ToNNX(Linen(use_running_average=False, momentum=0.9), nnx.Rngs(0))
+        linen.lazy_init(X)
+        y = linen(X, mutable=["batch_stats"])
+        same(y, self.parts()[3](X))
+
+
 class TestConvolutionalNetwork:
     """A network of flax's documentation's form gives the same logits with either layer."""
 
