@@ -200,7 +200,8 @@ def nnx_places(node: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, An
         return
     children: dict[Any, Any] = {}
     if isinstance(node, nnx.Pytree):
-        children = {name: child for name, child in vars(node).items() if name[:8] != "_pytree_"}
+        own = vars(node).items()  # of a list in flax 0.12.2, by numbers
+        children = {name: child for name, child in own if str(name)[:8] != "_pytree_"}
     elif isinstance(node, Mapping):
         children = dict(node)
     elif isinstance(node, list | tuple):
