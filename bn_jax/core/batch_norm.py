@@ -186,8 +186,10 @@ def check_batch(x: Array, axes: Axes, replicas: Replicas | None, group_size: int
                 "bias whatever x is; choose a group_size that leaves no single example over"
             )
     elif batch_size(x, axes) * (replicas.fewest if replicas else 1) == 1:
+        where = " in a group of axis_index_groups" if replicas and replicas.groups else ""
         raise ValueError(
             f"training needs more than one value per feature, but x of shape {x.shape} has one "
-            f"on feature axes {axes}: its variance is zero and y is bias whatever x is; use a "
-            "larger batch, pool with axis_name, or use the running statistics (train=False)"
+            f"on feature axes {axes}{where}: its variance is zero and y is bias whatever x is; "
+            "use a larger batch or group, pool with axis_name, or normalize by the running "
+            "statistics (train=False)"
         )

@@ -24,20 +24,24 @@ def pool_states(states: States) -> States:
     """The states of replicas, stacked on a leading axis, as one.
 
     Each replica's statistics weigh as the number of batches it has seen: with shares pᵣ = tᵣ/Σt,
-    μ = Σ pᵣμᵣ and σ² = Σ pᵣ(σᵣ² + |μᵣ - μ|²), the moments of all that the replicas have seen where
-    their averages are cumulative; count = Σ t. A feature that no replica has seen stays as it is.
+    μ = Σ pᵣμᵣ and σ² = Σ pᵣ(σᵣ² + |μᵣ - μ|²); count = Σ t. Where averages are cumulative, batches
+    of one size, and variances remembered as they are (unbiased=False), these are the moments of
+    all that the replicas have seen; unbiased variances σᵣ² are m/(m - 1) times as large, with m of
+    one replica's batch. A feature that no replica has seen stays as it is.
 
     Args:
         states: `BatchNormState`, or a tree of them (the layers of a network), with a leading axis
-            over replicas in every array. Mappings with `mean` and `var`, as in flax's
-            `batch_stats`, are states too; without `count`, all replicas weigh the same.
+            over replicas in every array; a list of replicas is stacked first, by
+            jax.tree.map(lambda *parts: jnp.stack(parts), *states). Mappings with `mean` and
+            `var`, as in flax's `batch_stats`, are states too; without `count`, all replicas weigh
+            the same.
 
     Returns:
         The same tree without the leading axis, in the same dtypes.
 
     Raises:
         TypeError: the tree holds an array that belongs to no state.
-        ValueError: a state has no leading axis, or one of length zero.
+        ValueError: a state has no leading axis before that of its features, or one of length zero.
 
     >>> import jax.numpy as jnp
     >>> states = BatchNormState(jnp.array([[0.0], [3.0]]), jnp.ones((2, 1)), jnp.array([[2], [1]]))
@@ -72,10 +76,10 @@ def pool_state(states: Any) -> Any:
 def pool_fields(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Array]:
     """Mean, variance and count of all replicas, from those of each."""
     mean, var, count = map(jnp.asarray, (mean, var, count))
-    if mean.ndim == 0 or len(mean) == 0:
+    if mean.ndim < 2 or len(mean) == 0:
         raise ValueError(
-            f"mean has shape {mean.shape}; stack the replicas' states on a leading axis, e.g. "
-            "jax.tree.map(lambda *parts: jnp.stack(parts), *states)"
+            f"mean has shape {mean.shape}, but needs [replicas, features]; stack the replicas' "
+            "states on a leading axis: jax.tree.map(lambda *parts: jnp.stack(parts), *states)"
         )
     real = statistics_dtype(var.dtype)
     wide = mean.astype(statistics_dtype(mean.dtype))

@@ -68,8 +68,9 @@ def read_replicas(
             f"axis_index_groups={axis_index_groups} are of one axis, but axis_name={axis_name} "
             "names several; leave the groups out and name the axes to pool over"
         )
-    groups = tuple(tuple(map(int, group)) for group in axis_index_groups)
-    if not all(groups) or sorted(sum(groups, ())) != list(range(members)):
+    groups = tuple(tuple(np.ravel(group).tolist()) for group in axis_index_groups)
+    nested = all(np.ndim(group) == 1 for group in axis_index_groups)
+    if not nested or not all(groups) or sorted(sum(groups, ())) != list(range(members)):
         raise ValueError(
             f"axis_index_groups={axis_index_groups} must hold each of the {members} indices of "
             f"axis {axis_name!r} once, e.g. {[[*range(members)]]}"

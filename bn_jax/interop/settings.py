@@ -24,6 +24,7 @@ by the factor within some 1/(1 - decay) steps, which is 3% for a dense layer on 
 once.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import jax
@@ -121,6 +122,7 @@ def read_outgoing(
 
     Raises:
         CheckpointError: a value is malformed, or does not fit the others.
+        TypeError: settings are none.
         ValueError: values_per_feature is not above 1.
 
     >>> import bn_jax as bn
@@ -128,6 +130,11 @@ def read_outgoing(
     >>> read_outgoing(*bn.init(1), settings, unbiased=False, values_per_feature=2).var.tolist()
     [0.5]
     """
+    if not isinstance(settings, Mapping) or not {"average", "epsilon", "unbiased"} <= {*settings}:
+        raise TypeError(
+            f"settings={settings!r}: give a dict of average, epsilon and unbiased, as from_torch "
+            'returns it, e.g. {"average": bn.Ema(0.9), "epsilon": 1e-5, "unbiased": True}'
+        )
     ours = read_ours(params, state, vector=vector)
     var = convert_variance(
         ours.var,

@@ -20,6 +20,7 @@ from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
 from bn_jax.train.loop import Evaluation, check_batch_size, train
 from bn_jax.train.placement import make_placement
+from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder, finite, metrics_line
 from bn_jax.train.step import accuracy, init_state
 from bn_jax.train.summary import summarize
@@ -42,11 +43,16 @@ def run_experiment(
 
     Raises:
         DataError: the data set cannot be had.
-        ValueError: the batch is larger than the data, or the run folder is taken.
+        ValueError: the batch is larger than the data, the run folder is taken, or processes were
+            started with different settings.
         Interrupted: by Ctrl-C; the last checkpoint stays good and is named.
     """
-    if jax.process_count() > 1 and config.devices is None:
-        config = dataclasses.replace(config, devices=jax.device_count())
+    if jax.process_count() > 1:
+        if config.devices is None:
+            config = dataclasses.replace(config, devices=jax.device_count())
+        # Where its files are, each process knows best; process 0's run folder is everyone's.
+        own = ("data_dir", "run_dir", "device")
+        check_same({k: v for k, v in dataclasses.asdict(config).items() if k not in own})
     make_placement(config.devices)
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)

@@ -1,7 +1,8 @@
 """One run in several processes: process 0 speaks, all know what it knows, and all end together."""
 
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -36,6 +37,26 @@ def by_first(make: Callable[[], str]) -> str:
     if "error" in answer:
         raise ValueError(f"process 0 says: {answer['error']}")
     return answer["value"]
+
+
+def check_same(settings: Mapping[str, object]) -> None:
+    """Refuse processes that were started with different settings: their run would be none of them.
+
+    Raises:
+        ValueError: in every process, with the names of what differs.
+    """
+    marks = [zlib.crc32(repr(value).encode()) for value in settings.values()]
+    everyone = multihost_utils.process_allgather(np.array(marks, np.uint32))
+    differ = [
+        "--" + name.replace("_", "-")
+        for name, column in zip(settings, np.asarray(everyone).T, strict=True)
+        if len(set(column.tolist())) > 1
+    ]
+    if differ:
+        raise ValueError(
+            f"{' and '.join(differ)}: not the same in all processes; start each with the same "
+            "flags but for --process-id"
+        )
 
 
 def broadcast(content: bytes) -> bytes:

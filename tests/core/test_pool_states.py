@@ -90,7 +90,8 @@ def test_dtypes_are_kept():
     ("states", "error", "message"),
     [
         (bn.BatchNormState(*jnp.zeros((3, 0, 4))), ValueError, r"mean has shape \(0, 4\)"),
-        (bn.BatchNormState(*jnp.zeros(3)), ValueError, r"mean has shape \(\); stack"),
+        (bn.init(4)[1], ValueError, r"mean has shape \(4,\), but needs \[replicas, features\]"),
+        ([bn.init(4)[1], bn.init(4)[1]], ValueError, "stack the replicas' states"),
         ({"kernel": jnp.ones((2, 3))}, TypeError, "belongs to no state"),
         ({"mean": jnp.ones(2), "var": jnp.ones(2), "kernel": jnp.ones(2)}, TypeError, "no state"),
     ],

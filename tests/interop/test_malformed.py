@@ -266,3 +266,9 @@ def test_several_feature_axes_are_for_flax_alone():
 def test_momentum_is_a_weight(attempt):
     with pytest.raises(ValueError, match=r"is outside of \[0, 1\]"):
         attempt()
+
+
+@pytest.mark.parametrize("settings", ["bn1", {"average": bn.Ema(0.9)}, None])
+def test_settings_that_are_none(settings):
+    with pytest.raises(TypeError, match="give a dict of average, epsilon and unbiased"):
+        to_torch(*bn.init(2), settings)

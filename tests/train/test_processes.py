@@ -144,6 +144,21 @@ def test_what_ends_process_0_ends_all(launch, finish, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_processes_of_different_runs_refuse_each_other(start, finish, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = (*STEPS, "--run-dir", tmp_path / "run", "--coordinator", f"127.0.0.1:{port}")
+    common += ("--processes", 2)
+    first = start("train", *common, "--process-id", 0)
+    second = start("train", *common, "--process-id", 1, "--seed", 1, "--learning-rate", 1)
+    for process in first, second:
+        status, stdout, stderr = finish(process)
+        assert (status, stdout) == (2, "")
+        assert stderr.startswith("error: --learning-rate and --seed: not the same in all processes")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_who_waits_in_vain_says_so(start, finish):
     impatient = "import bn_jax.train.launch as launch\nlaunch.PATIENCE = 1"
