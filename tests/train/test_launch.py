@@ -73,6 +73,7 @@ def test_a_flag_that_makes_no_sense(fields, message):
         Launch(**fields)
 
 
+@pytest.mark.usefixtures("heeded")
 def test_what_jax_is_asked(calls):
     given = Launch(coordinator="a:1", processes=2, process_id=1)
     join(given)
