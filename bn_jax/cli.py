@@ -6,6 +6,7 @@ A command is a function; its arguments, types and docstring are its flags and it
 import _thread
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -126,7 +127,7 @@ def no_interrupt_lost() -> Iterator[None]:
 
     def resend(lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            threading.Timer(0.05, interrupt_main_thread).start()
         else:
             report(lost)
 
@@ -135,6 +136,14 @@ def no_interrupt_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = report
+
+
+def interrupt_main_thread() -> None:
+    """As Ctrl-C does: also out of a system call, where the platform can."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def main() -> None:
