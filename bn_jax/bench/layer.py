@@ -10,7 +10,9 @@ Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, haiku 
 0.13.8, torch 2.13.0, 15 turns, geometric means over the four larger shapes in float32: flax takes
 1.21 times as long as ours (1.03 at the least), flax with use_fast_variance=False 1.56, haiku 1.27,
 equinox 2.65, torch 0.77. At 64×56×56×64 ours takes 20.5 ms, 1.28 times the floor; inference takes
-1.06 copies. In bfloat16 flax takes 1.31 times as long. At 60×100 flax takes 0.86 of our 58 µs.
+1.06 copies. In bfloat16 flax takes 1.31 times as long. At 60×100 flax takes 0.86 of our 58 µs. A
+second run, of the same compiled program: 1.14 (0.92 at the least), 1.50, 1.21, 2.5, 0.81; floor
+1.22, inference 0.99, bfloat16 1.27.
 
 What was tried: two sums in one pass over x, as a variadic reduction, of a stack, of a product with
 [1, d], by matrix products: 2 to 100 times slower on XLA's CPU, which leaves torch, whose kernel
