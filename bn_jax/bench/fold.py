@@ -46,12 +46,11 @@ def run(*, turns: int = 15, layers: int = 20, batch: int = 1, features: int = 8)
 
 def deep_linen(layers: int, features: int) -> tuple[nn.Sequential, dict[str, Any]]:
     """Convolutions, each followed by a batch norm and a relu, and their variables."""
-    block = lambda: [  # noqa: E731
-        nn.Conv(features, (3, 3), use_bias=False),
-        BatchNorm(use_running_average=True),
-        nn.relu,
+    blocks = [
+        (nn.Conv(features, (3, 3), use_bias=False), BatchNorm(use_running_average=True), nn.relu)
+        for _ in range(layers)
     ]
-    model = nn.Sequential([layer for _ in range(layers) for layer in block()])
+    model = nn.Sequential([layer for block in blocks for layer in block])
     return model, dict(model.init(jax.random.key(0), jnp.ones((1, 8, 8, features))))
 
 

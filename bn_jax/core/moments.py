@@ -130,18 +130,22 @@ def pool(
     True
     """
     replicas = read_replicas(axis_name, axis_index_groups)
-    here = moments._replace(mean=jnp.zeros_like(moments.mean))
-    return shift(*pool_about(moments.mean, here, lambda parts: sum_over(parts, replicas)))
+    return pool_by(moments, lambda parts: sum_over(parts, replicas))
 
 
 # The pieces from which `measure`, `pool` and `batch_norm` are put together.
 
 
-def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple[Array, Moments]:
-    """The moments of many sets of values, by a function that adds arrays up over all sets.
+def pool_by(moments: Moments, add: Callable[[Any], Any]) -> Moments:
+    """The moments of many sets of values, by a function that adds arrays up over all sets."""
+    here = moments._replace(mean=jnp.zeros_like(moments.mean))
+    return shift(*pool_about(moments.mean, here, add))
 
-    Of each set, the moments of x - origin are given, and returned those about one origin of all. No
-    mean is stored on the way at its own size, where its rounding is σ·10⁻³ at a mean of 10⁴ σ.
+
+def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple[Array, Moments]:
+    """The same, of moments of x - origin; returned are one origin for all, and moments about it.
+
+    No mean is stored on the way at its own size, where its rounding is σ·10⁻³ at a mean of 10⁴ σ.
     """
     everywhere = shared_origin(origin, near.count, add)
     mean, var, count = near.mean + (origin - everywhere), near.var, near.count

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from bn_jax.core.averages import BatchNormState
 from bn_jax.core.dtypes import statistics_dtype
-from bn_jax.core.moments import Moments, pool_about, shift
+from bn_jax.core.moments import Moments, pool_by
 
 States = TypeVar("States")
 NAMES = BatchNormState._fields
@@ -83,8 +83,7 @@ def pool_fields(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Ar
         )
     real = statistics_dtype(var.dtype)
     wide = mean.astype(statistics_dtype(mean.dtype))
-    each = Moments(wide, var.astype(real), count.astype(real))
-    pooled = shift(*pool_about(wide, each._replace(mean=jnp.zeros_like(wide)), add))
+    pooled = pool_by(Moments(wide, var.astype(real), count.astype(real)), add)
     total = jnp.sum(count, 0, dtype=count.dtype)
     return (
         lax.select(total > 0, pooled.mean[0].astype(mean.dtype), mean[0]),

@@ -111,6 +111,8 @@ def psum(values: Tree, axis_name: AxisName) -> Tree:
     try:
         return lax.psum(values, axis_name)
     except (AssertionError, TypeError, ValueError) as error:
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            raise
         raise NotImplementedError(
             f"axis_name={axis_name!r}: under shard_map's checks, JAX cannot sum over what vmap "
             "binds inside (jax 0.8 not under vmap at all); use jax.shard_map(..., check_vma=False)"

@@ -690,8 +690,8 @@ MUTATIONS = [
     Mutation(
         "pooled states lose the variance between them",
         "pool_states.py",
-        "pool_about(wide, each._replace(mean=jnp.zeros_like(wide)), add)",
-        "pool_about(0 * wide, each._replace(mean=jnp.zeros_like(wide)), add)",
+        "pool_by(Moments(wide, var.astype(real), count.astype(real)), add)",
+        "pool_by(Moments(0 * wide, var.astype(real), count.astype(real)), add)",
         "pool_states",
     ),
     Mutation(
