@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -117,9 +118,15 @@ def test_none_is_lost(main, capsys, monkeypatch):
     def load(*_, **__):
         gc.callbacks.append(during_collection)
         gc.collect()
-        time.sleep(60)
+        watchdog.start()
+        time.sleep(40)
         raise AssertionError("the interrupt was lost")
 
+    # One that waits for the end of a system call would wait for ever where that has none.
+    late = threading.Event()
+    watchdog = threading.Timer(20, late.set)
     monkeypatch.setattr("bn_jax.train.experiment.load", load)
     assert main("train") == 130
+    watchdog.cancel()
+    assert not late.is_set()
     assert capsys.readouterr().err == "stopped\n"
