@@ -100,9 +100,9 @@ class DebiasedEma:
             return CumulativeAverage()(count)
         if self.decay == 0:
             return 0.0
-        # decayᵗ - 1 by expm1, since 1 - 0.9999ᵗ in float32 would lose most of its digits.
-        rate, seen = math.log(self.decay), as_float(count)
-        return self.decay * jnp.expm1(rate * seen) / jnp.expm1(rate * (seen + 1))
+        # 1 - decayᵗ by expm1, since 1 - 0.9999ᵗ in float32 would lose most of its digits.
+        past = -self.decay * jnp.expm1(math.log(self.decay) * as_float(count))
+        return past / (past + (1 - self.decay))
 
 
 @dataclasses.dataclass(frozen=True)
