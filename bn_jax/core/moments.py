@@ -157,7 +157,8 @@ def moments_of(sums: Sums) -> Moments:
     """Moments of data whose mean is near zero: E|d|² - |E d|² then cancels nothing."""
     mean = share(sums.total, sums.count)
     var = share(sums.square, sums.count) - square(mean)
-    return Moments(mean, jnp.maximum(var, jnp.zeros_like(var)), sums.count)
+    # Not by maximum, which at 0, of a constant feature, would pass on half of a derivative.
+    return Moments(mean, lax.select(var < 0, jnp.zeros_like(var), var), sums.count)
 
 
 def shift(by: Array, moments: Moments) -> Moments:

@@ -1,13 +1,16 @@
 """Normalization by the batch's own moments, and its derivative.
 
 y = γ r (x - μ) + β with r = 1/√(σ² + ε) depends on x also through μ and σ². Differentiated step by
-step, reverse mode would keep several arrays of x's size; the rule below keeps x itself, in its own
-dtype, and a few numbers per feature.
+step, reverse mode would keep several arrays of x's size. Here two steps see all of x: `total` makes
+the sums of which moments are made, `whiten` makes y by given moments. Each has a rule that keeps x
+itself, in its own dtype, and a few numbers per feature. Between them are only numbers per feature,
+and the collectives over replicas, which JAX differentiates by itself.
 
 With tangents ẋ, γ̇, β̇, ε̇, and E the mean over the batch,
 
-    μ̇ = E[ẋ],   (σ²)˙ = 2 Re E[(x - μ)* ẋ],   ṙ = -r³ ((σ²)˙ + ε̇)/2,
-    ẏ = γr (ẋ - μ̇) + (γ̇r + γṙ)(x - μ) + β̇.
+    μ̇ = E[ẋ],   (σ²)˙ = 2 Re E[(x - μ)* ẋ],                          (by `total`)
+    ṙ = -r³ ((σ²)˙ + ε̇)/2,
+    ẏ = γr (ẋ - μ̇) + (γ̇r + γṙ)(x - μ) + β̇.                          (by `whiten`)
 
 That map is linear in the tangents. JAX transposes it into the paper's backward pass (Ioffe &
 Szegedy 2015, section 3; g = ∂L/∂y),
@@ -16,6 +19,9 @@ Szegedy 2015, section 3; g = ∂L/∂y),
 
 and differentiates it again for every higher order: nothing is stopped but the origin, on which
 nothing depends.
+
+Both steps take x twice: as it is, for its values, and in the dtype of statistics, for its tangents.
+What flows back from both is so added in full precision and rounded once, and no wide copy is kept.
 """
 
 import functools
@@ -23,7 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -31,8 +37,8 @@ from bn_jax.core.apart import apart
 from bn_jax.core.axes import Axes, collapse, feature_shape, spread
 from bn_jax.core.moments import Moments, moments_of
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
-from bn_jax.core.replicas import Replicas
-from bn_jax.core.sums import add_up, center, origin_of, share, square, without_padding
+from bn_jax.core.replicas import Replicas, sum_over
+from bn_jax.core.sums import Sums, add_up, center, origin_of, without_padding
 
 
 def standardize(
@@ -45,89 +51,113 @@ def standardize(
 ) -> tuple[Array, Array, Moments]:
     """Y in x's dtype, an origin near the mean, and the moments of x - origin.
 
-    No gradient flows through origin and moments.
+    BN(x) = BN(x - origin): about the origin all statistics are small numbers, and none of them is
+    rounded at the size of the mean. No gradient flows through origin and moments.
     """
     shape, features = x.shape, feature_shape(x, axes)
     x, axes = collapse(x, axes)
     weights = None if weights is None else weights.reshape(x.shape)
     params = jax.tree.map(lambda values: values.reshape(feature_shape(x, axes)), params)
-    y, *statistics = normalized(axes, replicas, x, params, epsilon, weights)
+    origin = origin_of(x, axes, weights, replicas)
+    wide = x.astype(origin.dtype)
+    near = moments_of(sum_over(total(axes, x, wide, origin, weights), replicas))
+    y = whiten(axes, x, wide, origin, near, params, epsilon, weights)
+    statistics = lax.stop_gradient((origin, near))
     return y.reshape(shape), *jax.tree.map(lambda part: part.reshape(features), statistics)
 
 
-def forward(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def total(axes: Axes, x: Array, wide: Array, origin: Array, weights: Array | None) -> Sums:
+    """The sums of x - origin, of this member alone."""
+    return add_up(x, origin, axes, weights)
+
+
+@functools.partial(total.defjvp, symbolic_zeros=True)
+def total_jvp(axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The tangents of wide and weights, pushed through the sums."""
+    (x, _, origin, weights), (_, wide_dot, _, weights_dot) = primals, tangents
+    sums = add_up(x, origin, axes, weights)
+    if weights is None or is_zero(weights_dot):
+        weights_dot = None
+        if is_zero(wide_dot):
+            return sums, jax.tree.map(jnp.zeros_like, sums)
+    return sums, push_total(axes, x, origin, weights, instantiate(wide_dot), weights_dot)
+
+
+# What goes into a checkpoint is x and numbers per feature: no more is kept for transposing. As one
+# function with static arguments, it is traced and transposed once for all layers of one shape.
+once = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+
+
+@once
+def push_total(
     axes: Axes,
-    replicas: Replicas | None,
     x: Array,
+    origin: Array,
+    weights: Array | None,
+    wide_dot: Array,
+    weights_dot: Array | None,
+) -> Sums:
+    """The tangents of the sums; that of the weights may be None for zero."""
+    ((x, origin),) = apart((x, origin), 1)
+    at, along = (x.astype(origin.dtype), weights), (wide_dot, weights_dot)
+    if weights_dot is None:
+        at, along = at[:1], along[:1]
+    return jax.jvp(lambda x, w=weights: add_up(x, origin, axes, w), at, along)[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def whiten(
+    axes: Axes,
+    x: Array,
+    wide: Array,
+    origin: Array,
+    near: Moments,
     params: BatchNormParams,
     epsilon: ArrayLike,
     weights: Array | None,
-) -> tuple[Array, Array, Moments]:
-    """The same, of an array of at most six axes.
-
-    BN(x) = BN(x - origin): about the origin all statistics are small numbers, and none of them is
-    rounded at the size of the mean.
-    """
-    origin = origin_of(x, axes, weights, replicas)
-    near = moments_of(add_up(x, origin, axes, weights, replicas))
+) -> Array:
+    """Y in x's dtype, by the moments of x - origin."""
     deviation = without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
-    y = transform(deviation, inverse_std(near.var, epsilon), params, axes)
-    return y.astype(x.dtype), origin, near
+    return transform(deviation, inverse_std(near.var, epsilon), params, axes).astype(x.dtype)
 
 
-normalized = jax.custom_jvp(forward, nondiff_argnums=(0, 1))
-
-
-@functools.partial(normalized.defjvp, symbolic_zeros=True)
-def normalized_jvp(
-    axes: Axes, replicas: Replicas | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """The rule of the module's docstring."""
-    y, origin, near = forward(axes, replicas, *primals)
-    x_dot, params_dot, epsilon_dot, weights_dot = tangents
+@functools.partial(whiten.defjvp, symbolic_zeros=True)
+def whiten_jvp(
+    axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    """The tangents of all but origin and weights, pushed through the map."""
+    x, _, origin, near, params, epsilon, weights = primals
+    _, wide_dot, _, *dots, _ = tangents
     dots = (
-        None if is_zero(x_dot) else x_dot,
-        jax.tree.map(instantiate, params_dot, is_leaf=is_zero),
-        instantiate(epsilon_dot),
-        None if weights_dot is None or is_zero(weights_dot) else weights_dot,
+        None if is_zero(wide_dot) else wide_dot,
+        *jax.tree.map(instantiate, dots, is_leaf=is_zero),
     )
-    # What goes into the checkpoint is x and numbers per feature: no more is kept for transposing.
-    push = jax.checkpoint(functools.partial(push_forward, axes, replicas), prevent_cse=False)
-    y_dot = push(origin, near, primals, dots)
-    return (y, origin, near), (y_dot, *jax.tree.map(jnp.zeros_like, (origin, near)))
+    y = whiten.fun(axes, *primals)
+    return y, push_whiten(axes, x, origin, near, params, epsilon, weights, *dots)
 
 
-def push_forward(
+@once
+def push_whiten(
     axes: Axes,
-    replicas: Replicas | None,
+    x: Array,
     origin: Array,
     near: Moments,
-    primals: tuple[Any, ...],
-    dots: tuple[Any, ...],
+    params: BatchNormParams,
+    epsilon: Array,
+    weights: Array | None,
+    wide_dot: Array | None,
+    near_dot: Moments,
+    params_dot: BatchNormParams,
+    epsilon_dot: Array,
 ) -> Array:
-    """ẏ in x's dtype; ẋ and the tangent of the weights may be None for zero."""
-    (x, params, epsilon, weights), (x_dot, params_dot, epsilon_dot, weights_dot) = primals, dots
-    wide = origin.dtype
-    (x, origin, mean), (again, origin_again, _) = apart((x, origin, near.mean), 2)
+    """ẏ in x's dtype; ẋ may be None for zero."""
+    wide, mean = origin.dtype, near.mean
+    ((x, origin, mean),) = apart((x, origin, mean), 1)
     r = inverse_std(near.var, epsilon)
     scale = jnp.ones_like(origin) if params.scale is None else params.scale.astype(wide)
-    mean_dot, var_dot = jnp.zeros_like(mean), jnp.zeros_like(near.var)
-
-    if x_dot is not None or weights_dot is not None:
-        # Widened once, so that what is transposed is summed in full precision and rounded once.
-        x_dot = jnp.zeros(x.shape, wide) if x_dot is None else x_dot.astype(wide)
-        at, along = (again.astype(wide), weights), (x_dot, weights_dot)
-        if weights_dot is None:
-            at, along = at[:1], along[:1]
-        _, dot = jax.jvp(lambda x, w=weights: add_up(x, origin_again, axes, w, replicas), at, along)
-        # With d = x - origin, μ = origin + E[d] and σ² = E|d|² - |E[d]|².
-        each = share(jnp.ones_like(near.count), near.count)
-        mean_dot = each.astype(wide) * (dot.total - mean * dot.count.astype(wide))
-        square_dot = each * (dot.square - (near.var + square(mean)) * dot.count)
-        var_dot = square_dot - 2 * jnp.real(jnp.conj(mean) * mean_dot)
-
     # Factor by factor: r³ itself leaves float32's range where the spread is beyond 1e±13.
-    r_dot = -0.5 * (r * (r * (r * (var_dot + epsilon_dot))))
+    r_dot = -0.5 * (r * (r * (r * (near_dot.var + epsilon_dot))))
     r, r_dot = r.astype(wide), r_dot.astype(wide)
     slope, gain = scale * r_dot, scale * r
     if params_dot.scale is not None:
@@ -135,10 +165,10 @@ def push_forward(
 
     # Products with μ are taken per feature, so that they transpose into the sum that β̇ does: of g.
     y_dot = without_padding(center(x, origin, axes), x, weights) * spread(slope, x, axes)
-    if x_dot is not None:
-        y_dot = y_dot + x_dot * spread(gain, x, axes)
+    if wide_dot is not None:
+        y_dot = y_dot + wide_dot * spread(gain, x, axes)
     # Padding stays at the mean when the mean moves.
-    y_dot = y_dot + spread(-(mean * slope + gain * mean_dot), x, axes)
+    y_dot = y_dot + spread(-(mean * slope + gain * near_dot.mean), x, axes)
     y_dot = without_padding(y_dot, x, weights)
     if params_dot.bias is not None:
         y_dot = y_dot + spread(params_dot.bias.astype(wide), x, axes)
@@ -151,5 +181,5 @@ def is_zero(tangent: Any) -> bool:
 
 
 def instantiate(tangent: Any) -> Array:
-    """A small tangent as an array, also if it is zero."""
+    """A tangent as an array, also if it is zero."""
     return jnp.zeros(tangent.shape, tangent.dtype) if is_zero(tangent) else tangent

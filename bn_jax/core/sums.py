@@ -97,22 +97,15 @@ def without_padding(values: Array, x: Array, weights: Array | None) -> Array:
     return jnp.where(harmless, values, jnp.zeros_like(values))
 
 
-def add_up(
-    x: Array,
-    origin: Array,
-    axes: Axes,
-    weights: Array | None,
-    replicas: Replicas | None = None,
-) -> Sums:
-    """The sums from which moments of x - origin are made; over replicas in one collective."""
+def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
+    """The sums from which moments of x - origin are made."""
     first, second = (keep(center(*copy, axes), weights) for copy in apart((x, origin), 2))
     reduced = batch_axes(x, axes)
-    sums = Sums(
+    return Sums(
         add_over(weigh(first, weights), reduced),
         add_over(weigh(square(second), weights), reduced),
         count_of(x, axes, weights),
     )
-    return sum_over(sums, replicas)
 
 
 def keep(values: Array, weights: Array | None) -> Array:

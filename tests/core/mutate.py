@@ -246,22 +246,22 @@ MUTATIONS = [
     Mutation(
         "both directions read one array of x - origin",
         "standardize.py",
-        "apart((x, origin, near.mean), 2)",
-        "[(x, origin, near.mean)] * 2",
+        "((x, origin, mean),) = apart((x, origin, mean), 1)",
+        "x = x",
         "traffic",
     ),
     Mutation(
         "no jax.checkpoint",
         "standardize.py",
-        "jax.checkpoint(functools.partial(push_forward, axes, replicas), prevent_cse=False)",
-        "functools.partial(push_forward, axes, replicas)",
+        "once = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)",
+        "once = functools.partial",
         "traffic",
     ),
     Mutation(
         "the derivative of the mean's residual is lost",
-        "standardize.py",
-        "var_dot = square_dot - 2 * jnp.real(jnp.conj(mean) * mean_dot)",
-        "var_dot = square_dot",
+        "moments.py",
+        "share(sums.square, sums.count) - square(mean)",
+        "share(sums.square, sums.count) - square(lax.stop_gradient(mean))",
         "gradients",
     ),
     # standardize.py
@@ -275,22 +275,22 @@ MUTATIONS = [
     Mutation(
         "the derivative forgets that the mean moves",
         "standardize.py",
-        "mean_dot = each.astype(wide) * (dot.total",
-        "mean_dot = 0 * each.astype(wide) * (dot.total",
+        "gain * near_dot.mean",
+        "0 * gain * near_dot.mean",
         "gradients",
     ),
     Mutation(
         "the derivative forgets that the variance moves",
         "standardize.py",
-        "r * (var_dot + epsilon_dot)",
-        "r * (jnp.zeros_like(var_dot) + epsilon_dot)",
+        "r * (near_dot.var + epsilon_dot)",
+        "r * (jnp.zeros_like(near_dot.var) + epsilon_dot)",
         "gradients",
     ),
     Mutation(
         "the derivative forgets ε",
         "standardize.py",
-        "(var_dot + epsilon_dot)",
-        "(var_dot)",
+        "(near_dot.var + epsilon_dot)",
+        "(near_dot.var)",
         "gradients",
     ),
     Mutation(
@@ -303,8 +303,8 @@ MUTATIONS = [
     Mutation(
         "r³ before the tangent",
         "standardize.py",
-        "(r * (r * (r * (var_dot + epsilon_dot))))",
-        "r * r * r * (var_dot + epsilon_dot)",
+        "(r * (r * (r * (near_dot.var + epsilon_dot))))",
+        "r * r * r * (near_dot.var + epsilon_dot)",
         "constant",
     ),
     Mutation(
@@ -330,17 +330,38 @@ MUTATIONS = [
     ),
     Mutation(
         "weights have no derivative in the count",
-        "standardize.py",
-        "dot.square - (near.var + square(mean)) * dot.count",
-        "dot.square",
+        "sums.py",
+        "        count_of(x, axes, weights),\n    )",
+        "        lax.stop_gradient(count_of(x, axes, weights)),\n    )",
         "gradients",
     ),
     Mutation(
         "y keeps the precision of the statistics",
         "standardize.py",
-        "return y.astype(x.dtype), origin, near",
-        "return y, origin, near",
+        "params, axes).astype(x.dtype)",
+        "params, axes)",
         "accuracy",
+    ),
+    Mutation(
+        "in half precision, what flows back is rounded twice",
+        "standardize.py",
+        "wide = x.astype(origin.dtype)\n    near",
+        "wide = x\n    near",
+        "accuracy",
+    ),
+    Mutation(
+        "a constant feature passes half of a derivative on",
+        "moments.py",
+        "lax.select(var < 0, jnp.zeros_like(var), var)",
+        "jnp.maximum(var, jnp.zeros_like(var))",
+        "constant",
+    ),
+    Mutation(
+        "the sums are those of one member",
+        "standardize.py",
+        "sum_over(total(axes, x, wide, origin, weights), replicas)",
+        "total(axes, x, wide, origin, weights)",
+        "transforms",
     ),
     # normalize.py
     Mutation(
@@ -475,15 +496,15 @@ MUTATIONS = [
     Mutation(
         "1 - decayᵗ as such",
         "averages.py",
-        "return self.decay * jnp.expm1(rate * seen) / jnp.expm1(rate * (seen + 1))",
-        "return self.decay * (1 - self.decay**seen) / (1 - self.decay ** (seen + 1))",
+        "-self.decay * jnp.expm1(math.log(self.decay) * as_float(count))",
+        "self.decay * (1 - self.decay ** as_float(count))",
         "averages",
     ),
     Mutation(
         "the debiased average is off by one",
         "averages.py",
-        "jnp.expm1(rate * seen) / jnp.expm1(rate * (seen + 1))",
-        "jnp.expm1(rate * (seen + 1)) / jnp.expm1(rate * (seen + 2))",
+        "(math.log(self.decay) * as_float(count))",
+        "(math.log(self.decay) * (as_float(count) + 1))",
         "averages",
     ),
     Mutation(
@@ -728,7 +749,7 @@ MUTATIONS = [
 EQUIVALENT = {
     "sums.py: no stop_gradient in origin_of": "moments do not depend on the origin, so the "
     "derivatives through it cancel; stopping them only saves the work",
-    "moments.py: no maximum with 0": "a guard: about an origin so near, no data were found whose "
+    "moments.py: no selection at 0": "a guard: about an origin so near, no data were found whose "
     "variance came out negative",
     "standardize.py: the moments have a tangent": "advance stops it, and nothing else uses it",
     "averages.py: no stop_gradient in advance": "in `batch_norm` no gradient reaches the moments "

@@ -154,3 +154,21 @@ def test_normalizing_by_no_variance_has_finite_derivatives():
     np.testing.assert_allclose(y, np.broadcast_to([5.0, 8.5], (3, 2)))
     for gradient in jax.tree.leaves(pullback(jnp.ones_like(y))):
         assert jnp.isfinite(gradient).all()
+
+
+def test_a_constant_has_the_third_derivatives_of_the_formula(x64, epsilon=0.5):
+    """The variance is 0 to first order only."""
+    x, weights = jnp.full(5, 3.0), jnp.array([1.0, -2, 0.5, 3, -1])
+    params, state = bn.init(1, dtype=x.dtype)
+
+    def ours(x):
+        y = bn.batch_norm(x[:, None], params, state, train=True, epsilon=epsilon)[0]
+        return weights @ (y[:, 0] + y[:, 0] ** 3)
+
+    def formula(x):
+        y = (x - x.mean()) / jnp.sqrt(jnp.mean((x - x.mean()) ** 2) + epsilon)
+        return weights @ (y + y**3)
+
+    third = lambda f: jax.jacfwd(jax.hessian(f))(x)  # noqa: E731
+    assert jnp.abs(third(formula)).max() > 1
+    np.testing.assert_allclose(third(ours), third(formula), rtol=1e-12, atol=1e-12)

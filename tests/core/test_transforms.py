@@ -444,6 +444,27 @@ def grad_of_vmap_over_examples(case):
     assert_same(jax.jit(jax.grad(loss, (0, 1)))(x, params), case.gradients, 4 * case.slack)
 
 
+@transform
+def grad_of_staged_vmap_over_examples(case):
+    """Differentiated when the names are bound no more: around jit, scan, cond and checkpoint."""
+    x, params, state, where = case.given()
+    member = partial(case.apply, axis_name="members")
+    mapped = jax.vmap(member, (0, None, None, 0), (0, None), axis_name="members")
+
+    def loss(x, params):
+        y, _ = mapped(split(x, 4), params, state, split(where, 4))
+        return curved(y.reshape(x.shape))
+
+    def scanned(x, params):
+        return lax.scan(lambda carry, _: (carry + loss(x, params), None), 0.0, length=1)[0]
+
+    def chosen(x, params):
+        return lax.cond(x.shape[0] > 0, loss, lambda x, params: 0.0, x, params)
+
+    for staged in jax.jit(loss), scanned, chosen, jax.checkpoint(loss):
+        assert_same(jax.jit(jax.grad(staged, (0, 1)))(x, params), case.gradients, 4 * case.slack)
+
+
 # Devices.
 
 
