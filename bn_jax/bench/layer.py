@@ -12,12 +12,15 @@ Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, haiku 
 equinox 2.65, torch 0.77. At 64×56×56×64 ours takes 20.5 ms, 1.28 times the floor; inference takes
 1.06 copies. In bfloat16 flax takes 1.31 times as long. At 60×100 flax takes 0.86 of our 58 µs. A
 second run, of the same compiled program: 1.14 (0.92 at the least), 1.50, 1.21, 2.5, 0.81; floor
-1.22, inference 0.99, bfloat16 1.27.
+1.22, inference 0.99, bfloat16 1.27. A third, with the collectives outside of the derivative's
+rules: 1.21 (0.99), 1.56, 1.20, 2.68, 0.80; floor 1.10, inference 0.96, bfloat16 1.51.
 
 What was tried: two sums in one pass over x, as a variadic reduction, of a stack, of a product with
 [1, d], by matrix products: 2 to 100 times slower on XLA's CPU, which leaves torch, whose kernel
-does it, ahead. Sums over inner axes first: twice slower. Per-feature factors behind a barrier, lest
-each value compute them again: no difference, as barriers are gone before XLA fuses loops.
+does it, ahead. Both sums block by block, so that the second reads from the cache: 1.6 times slower,
+as slices are copied first. Sums over inner axes first: twice slower. Per-feature factors behind a
+barrier, lest each value compute them again: no difference, as barriers are gone before XLA fuses
+loops.
 """
 
 import math

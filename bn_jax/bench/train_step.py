@@ -10,8 +10,10 @@ flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks
 Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, optax 0.2.8, torch 2.13.0,
 three times 25 turns of 1,000 steps: flax's loop takes 1.30, 1.28 and 1.27 times as long as ours
 (quartiles 1.23 to 1.33, 1.25 to 1.33, 1.20 to 1.33), torch's 3.28, 3.23 and 3.44 times; ours takes
-386, 420 and 396 µs per step. A fourth run, of 15 turns: 1.26 (1.20 to 1.32), 3.44, 400 µs. About
-280 of ours are matrix products, at the speed of the cores.
+386, 420 and 396 µs per step. A fourth run, of 15 turns: 1.26 (1.20 to 1.32), 3.44, 400 µs. With an
+exponential less per layer: 1.30 (1.27 to 1.37) and 1.34 (1.23 to 1.44), 384 and 397 µs; of today's
+program, on a machine that was busy: 1.33 (1.26 to 1.45) and 1.23 (1.12 to 1.31). About 280 µs are
+matrix products, at the speed of the cores.
 """
 
 import functools
