@@ -77,10 +77,7 @@ def total_jvp(axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -
     """The tangents of wide and weights, pushed through the sums."""
     (x, _, origin, weights), (_, wide_dot, _, weights_dot) = primals, tangents
     sums = add_up(x, origin, axes, weights)
-    if weights is None or is_zero(weights_dot):
-        weights_dot = None
-        if is_zero(wide_dot):
-            return sums, jax.tree.map(jnp.zeros_like, sums)
+    weights_dot = None if is_zero(weights_dot) else weights_dot
     return sums, push_total(axes, x, origin, weights, instantiate(wide_dot), weights_dot)
 
 

@@ -1,7 +1,8 @@
 """Whole models with one import changed: the same variables, logits and training, both ways.
 
 Built as flax's published examples are: a bottleneck ResNet whose normalization is a partial of
-BatchNorm (linen), and a convolutional net that makes its own (nnx).
+BatchNorm (linen), and a convolutional net that makes its own (nnx). test_flax_examples.py has those
+themselves, which takes minutes.
 """
 
 from functools import partial
