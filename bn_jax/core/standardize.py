@@ -1,14 +1,14 @@
 """Normalization by the batch's own moments, and its derivative.
 
 y = γ r (x - μ) + β with r = 1/√(σ² + ε) depends on x also through μ and σ². Differentiated step by
-step, reverse mode would keep several arrays of x's size. Here two steps see all of x: `total` makes
-the sums of which moments are made, `whiten` makes y by given moments. Each has a rule that keeps x
+step, reverse mode would keep several arrays of x's size. Here two steps see all of x: `local_sums`
+makes what moments are made of, `whiten` makes y by given moments. Each has a rule that keeps x
 itself, in its own dtype, and a few numbers per feature. Between them are only numbers per feature,
 and the collectives over replicas, which JAX differentiates by itself.
 
 With tangents ẋ, γ̇, β̇, ε̇, and E the mean over the batch,
 
-    μ̇ = E[ẋ],   (σ²)˙ = 2 Re E[(x - μ)* ẋ],                          (by `total`)
+    μ̇ = E[ẋ],   (σ²)˙ = 2 Re E[(x - μ)* ẋ],                          (by `local_sums`)
     ṙ = -r³ ((σ²)˙ + ε̇)/2,
     ẏ = γr (ẋ - μ̇) + (γ̇r + γṙ)(x - μ) + β̇.                          (by `whiten`)
 
@@ -60,25 +60,29 @@ def standardize(
     params = jax.tree.map(lambda values: values.reshape(feature_shape(x, axes)), params)
     origin = origin_of(x, axes, weights, replicas)
     wide = x.astype(origin.dtype)
-    near = moments_of(sum_over(total(axes, x, wide, origin, weights), replicas))
+    # JAX runs a rule when it differentiates, by when vmap may have taken its name away: the
+    # collectives stand outside of the rules.
+    near = moments_of(sum_over(local_sums(axes, x, wide, origin, weights), replicas))
     y = whiten(axes, x, wide, origin, near, params, epsilon, weights)
     statistics = lax.stop_gradient((origin, near))
     return y.reshape(shape), *jax.tree.map(lambda part: part.reshape(features), statistics)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def total(axes: Axes, x: Array, wide: Array, origin: Array, weights: Array | None) -> Sums:
+def local_sums(axes: Axes, x: Array, wide: Array, origin: Array, weights: Array | None) -> Sums:
     """The sums of x - origin, of this member alone."""
     return add_up(x, origin, axes, weights)
 
 
-@functools.partial(total.defjvp, symbolic_zeros=True)
-def total_jvp(axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+@functools.partial(local_sums.defjvp, symbolic_zeros=True)
+def local_sums_jvp(
+    axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
     """The tangents of wide and weights, pushed through the sums."""
     (x, _, origin, weights), (_, wide_dot, _, weights_dot) = primals, tangents
     sums = add_up(x, origin, axes, weights)
     weights_dot = None if is_zero(weights_dot) else weights_dot
-    return sums, push_total(axes, x, origin, weights, instantiate(wide_dot), weights_dot)
+    return sums, push_sums(axes, x, origin, weights, instantiate(wide_dot), weights_dot)
 
 
 # What goes into a checkpoint is x and numbers per feature: no more is kept for transposing. As one
@@ -87,7 +91,7 @@ once = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 
 
 @once
-def push_total(
+def push_sums(
     axes: Axes,
     x: Array,
     origin: Array,

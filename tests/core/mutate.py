@@ -345,8 +345,8 @@ MUTATIONS = [
     Mutation(
         "in half precision, what flows back is rounded twice",
         "standardize.py",
-        "wide = x.astype(origin.dtype)\n    near",
-        "wide = x\n    near",
+        "wide = x.astype(origin.dtype)",
+        "wide = x",
         "accuracy",
     ),
     Mutation(
@@ -359,8 +359,8 @@ MUTATIONS = [
     Mutation(
         "the sums are those of one member",
         "standardize.py",
-        "sum_over(total(axes, x, wide, origin, weights), replicas)",
-        "total(axes, x, wide, origin, weights)",
+        "sum_over(local_sums(axes, x, wide, origin, weights), replicas)",
+        "local_sums(axes, x, wide, origin, weights)",
         "transforms",
     ),
     # normalize.py

@@ -430,9 +430,8 @@ def vmap_over_two_axes_of_examples(case):
     assert_same((y.reshape(x.shape), new), case.expected, case.slack)
 
 
-@transform
-def grad_of_vmap_over_examples(case):
-    """No gradient is lost between members."""
+def loss_by_members(case):
+    """A function of x and params, in which members are parts of one batch; and the two."""
     x, params, state, where = case.given()
     member = partial(case.apply, axis_name="members")
     mapped = jax.vmap(member, (0, None, None, 0), (0, None), axis_name="members")
@@ -441,19 +440,20 @@ def grad_of_vmap_over_examples(case):
         y, _ = mapped(split(x, 4), params, state, split(where, 4))
         return curved(y.reshape(x.shape))
 
+    return loss, x, params
+
+
+@transform
+def grad_of_vmap_over_examples(case):
+    """No gradient is lost between members."""
+    loss, x, params = loss_by_members(case)
     assert_same(jax.jit(jax.grad(loss, (0, 1)))(x, params), case.gradients, 4 * case.slack)
 
 
 @transform
 def grad_of_staged_vmap_over_examples(case):
     """Differentiated when the names are bound no more: around jit, scan, cond and checkpoint."""
-    x, params, state, where = case.given()
-    member = partial(case.apply, axis_name="members")
-    mapped = jax.vmap(member, (0, None, None, 0), (0, None), axis_name="members")
-
-    def loss(x, params):
-        y, _ = mapped(split(x, 4), params, state, split(where, 4))
-        return curved(y.reshape(x.shape))
+    loss, x, params = loss_by_members(case)
 
     def scanned(x, params):
         return lax.scan(lambda carry, _: (carry + loss(x, params), None), 0.0, length=1)[0]
