@@ -19,8 +19,9 @@ from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.axes import collapse, feature_axes, feature_shape, spread_where
+from bn_jax.core.origin import origin_of, shared_origin
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
-from bn_jax.core.sums import Sums, add_up, origin_of, share, shared_origin, square
+from bn_jax.core.sums import Sums, add_up, share, square
 
 
 class Moments(NamedTuple):

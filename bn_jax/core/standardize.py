@@ -33,12 +33,14 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from bn_jax.core.apart import apart
 from bn_jax.core.axes import Axes, collapse, feature_shape, spread
 from bn_jax.core.moments import Moments, moments_of
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
+from bn_jax.core.origin import origin_of
 from bn_jax.core.replicas import Replicas, sum_over
-from bn_jax.core.sums import Sums, add_up, center, origin_of, without_padding
+from bn_jax.core.stored import stored
+from bn_jax.core.sums import Sums, add_up, center, without_padding
+from bn_jax.core.together import spread_together
 
 
 def standardize(
@@ -55,7 +57,7 @@ def standardize(
     rounded at the size of the mean. No gradient flows through origin and moments.
     """
     shape, features = x.shape, feature_shape(x, axes)
-    x, axes = collapse(x, axes)
+    x, axes = collapse(stored(x), axes)
     weights = None if weights is None else weights.reshape(x.shape)
     params = jax.tree.map(lambda values: values.reshape(feature_shape(x, axes)), params)
     origin = origin_of(x, axes, weights, replicas)
@@ -100,7 +102,6 @@ def push_sums(
     weights_dot: Array | None,
 ) -> Sums:
     """The tangents of the sums; that of the weights may be None for zero."""
-    ((x, origin),) = apart((x, origin), 1)
     at, along = (x.astype(origin.dtype), weights), (wide_dot, weights_dot)
     if weights_dot is None:
         at, along = at[:1], along[:1]
@@ -154,7 +155,6 @@ def push_whiten(
 ) -> Array:
     """ẏ in x's dtype; ẋ may be None for zero."""
     wide, mean = origin.dtype, near.mean
-    ((x, origin, mean),) = apart((x, origin, mean), 1)
     r = inverse_std(near.var, epsilon)
     scale = jnp.ones_like(origin) if params.scale is None else params.scale.astype(wide)
     # Factor by factor: r³ itself leaves float32's range where the spread is beyond 1e±13.
@@ -165,15 +165,17 @@ def push_whiten(
         slope = slope + params_dot.scale.astype(wide) * r
 
     # Products with μ are taken per feature, so that they transpose into the sum that β̇ does: of g.
-    y_dot = without_padding(center(x, origin, axes), x, weights) * spread(slope, x, axes)
+    move = -(mean * slope + gain * near_dot.mean)
+    bias = [] if params_dot.bias is None else [params_dot.bias.astype(wide)]
+    if weights is None and bias:
+        move = move + bias.pop()
+    slope, move, *bias = spread_together([slope, move, *bias], x, axes)
+    y_dot = without_padding(center(x, origin, axes), x, weights) * slope
     if wide_dot is not None:
         y_dot = y_dot + wide_dot * spread(gain, x, axes)
-    # Padding stays at the mean when the mean moves.
-    y_dot = y_dot + spread(-(mean * slope + gain * near_dot.mean), x, axes)
-    y_dot = without_padding(y_dot, x, weights)
-    if params_dot.bias is not None:
-        y_dot = y_dot + spread(params_dot.bias.astype(wide), x, axes)
-    return y_dot.astype(x.dtype)
+    # Padding stays at the mean when the mean moves, and moves with β.
+    y_dot = without_padding(y_dot + move, x, weights)
+    return functools.reduce(jnp.add, bias, y_dot).astype(x.dtype)
 
 
 def is_zero(tangent: Any) -> bool:

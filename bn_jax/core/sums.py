@@ -6,18 +6,16 @@ for the values near the origin. Sums about one origin are additive, over disjoin
 over the members of a named axis.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Inexact
 
-from bn_jax.core.apart import apart
 from bn_jax.core.axes import Axes, batch_axes, batch_size, feature_shape, feature_spec, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
-from bn_jax.core.replicas import Replicas, sum_over
+from bn_jax.core.together import add_over, add_together
 
 
 class Sums(NamedTuple):
@@ -32,56 +30,6 @@ class Sums(NamedTuple):
     total: Inexact[Array, "*features"]
     square: Float[Array, "*features"]
     count: Float[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-def origin_of(
-    x: Array, axes: Axes, weights: Array | None, replicas: Replicas | None = None
-) -> Array:
-    """A point per feature near the mean: that of a pilot, or of all values where they are weighed.
-
-    A constant: moments do not depend on the origin, so no derivative of any order flows through.
-    A constant feature differs from its origin by a few units in the last place; sums of those are
-    exact, so that it comes out with variance 0 and normalizes to exactly 0. Weighted sums are not;
-    there, a second step lands on the constant itself.
-
-    With replicas, all that share statistics get the same origin.
-    """
-    x, weights = lax.stop_gradient((x, weights))
-    ((x,),) = apart((x,), 1)
-    if weights is None:
-        x = pilot(x, axes)
-    count = count_of(x, axes, weights)
-
-    def mean(values: Array) -> Array:
-        return share(add_over(weigh(keep(values, weights), weights), batch_axes(x, axes)), count)
-
-    origin = mean(x.astype(statistics_dtype(x.dtype)))
-    if weights is not None and weights.dtype != bool:
-        origin = origin + mean(center(x, origin, axes))
-    if replicas is None:
-        return origin
-    return shared_origin(origin, count, lambda parts: sum_over(parts, replicas))
-
-
-def pilot(x: Array, axes: Axes) -> Array:
-    """A part of each example, a sixteenth or more, whose mean is an origin near enough.
-
-    The mean s of one of f equal parts of the values is at most √(f - 1) standard deviations from
-    the mean of all (Cauchy-Schwarz: whatever draws s away widens σ too), so E|x - s|² ≤ f σ², and
-    of its digits at most log₂ 16 = 4 bits go to the origin. Where examples have no extent, all
-    count: to take some of them would move data between the devices that a batch is spread over.
-    """
-    spec = jax.typeof(x).sharding.spec
-    for axis in batch_axes(x, axes)[1:]:
-        if x.shape[axis] > 1 and spec[axis] is None:
-            return lax.slice_in_dim(x, 0, -(-x.shape[axis] // 16), axis=axis)
-    return x
-
-
-def shared_origin(origin: Array, count: Array, add: Callable[[Any], Any]) -> Array:
-    """The mean of all sets' origins, each weighed by its count: near the mean of all values."""
-    origin, count = lax.stop_gradient((origin, count))
-    return share(*add((count.astype(origin.dtype) * origin, count)))
 
 
 def center(x: Array, origin: Array, axes: Axes) -> Array:
@@ -99,13 +47,12 @@ def without_padding(values: Array, x: Array, weights: Array | None) -> Array:
 
 def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
     """The sums from which moments of x - origin are made."""
-    first, second = (keep(center(*copy, axes), weights) for copy in apart((x, origin), 2))
-    reduced = batch_axes(x, axes)
-    return Sums(
-        add_over(weigh(first, weights), reduced),
-        add_over(weigh(square(second), weights), reduced),
-        count_of(x, axes, weights),
-    )
+    kept = keep(center(x, origin, axes), weights)
+    parts = [weigh(kept, weights), weigh(square(kept), weights)]
+    if weights is not None:
+        parts.append(weights.astype(parts[1].dtype))
+    total, squares, *count = add_together(parts, axes)
+    return Sums(total, squares, count[0] if count else count_of(x, axes, weights))
 
 
 def keep(values: Array, weights: Array | None) -> Array:
@@ -134,18 +81,6 @@ def count_of(x: Array, axes: Axes, weights: Array | None) -> Array:
         sharding = jax.typeof(x).sharding.update(spec=feature_spec(x, axes))
         return lax.full(feature_shape(x, axes), batch_size(x, axes), real, sharding=sharding)
     return add_over(weights.astype(real), batch_axes(x, axes))
-
-
-def add_over(values: Array, axes: Axes) -> Array:
-    """Sum over all axes at once, or over the inner ones first where XLA's CPU is careless.
-
-    It adds up several axes one number after the other, which loses digits: always before jaxlib
-    0.10, and of small arrays since. The barrier keeps XLA from making one sum of the two.
-    """
-    careless = values.size < 2**13 or jax.__version_info__ < (0, 10)
-    if careless and len(axes) > 1:
-        values, axes = lax.optimization_barrier(jnp.sum(values, axes[1:])), axes[:1]
-    return jnp.sum(values, axes)
 
 
 def counts(weights: Array) -> Array:

@@ -197,9 +197,12 @@ def test_subnormals_are_nothing_to_be_afraid_of(shape=(64, 8)):
     np.testing.assert_allclose(dx, (dy - dy.mean(0)) / np.sqrt(1e-5), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("m", [4, 64, 1024])
+@pytest.mark.parametrize("m", [4, 64, 128])
 def test_integers_with_an_integer_mean_are_exact(m):
-    """Sums of integers are exact below 2²⁴, and so are moments that are integers."""
+    """Sums of integers are exact below 2²⁴, and so are moments that are integers.
+
+    As long as all values make the origin: that of a part of them is no integer.
+    """
     random = np.random.default_rng(m)
     half = random.integers(-30, 30, (m // 2, 8))
     x = np.concatenate([half, -half]) + 1000
