@@ -6,21 +6,24 @@ backward 4 reads and a write) at the speed of a copy measured in the same turns.
 
 Run it with: bn-jax bench --suite layer
 
-Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, haiku 0.0.17, equinox
-0.13.8, torch 2.13.0, 15 turns, geometric means over the four larger shapes in float32: flax takes
-1.21 times as long as ours (1.03 at the least), flax with use_fast_variance=False 1.56, haiku 1.27,
-equinox 2.65, torch 0.77. At 64×56×56×64 ours takes 20.5 ms, 1.28 times the floor; inference takes
-1.06 copies. In bfloat16 flax takes 1.31 times as long. At 60×100 flax takes 0.86 of our 58 µs. A
-second run, of the same compiled program: 1.14 (0.92 at the least), 1.50, 1.21, 2.5, 0.81; floor
-1.22, inference 0.99, bfloat16 1.27. A third, with the collectives outside of the derivative's
-rules: 1.21 (0.99), 1.56, 1.20, 2.68, 0.80; floor 1.10, inference 0.96, bfloat16 1.51.
+Last result, 2026-11-26, 2 cores of an AMD EPYC (on a day when it was half as fast as at its best),
+jax 0.10.2, flax 0.12.8, haiku 0.0.17, equinox 0.13.8, torch 2.13.0, 15 turns, geometric means over
+the four larger shapes in float32: flax takes 1.53 times as long as ours (1.32 at the least), flax
+with use_fast_variance=False 1.99, haiku 1.62, equinox 3.51, torch 1.07. At 64×56×56×64 ours takes
+33 ms, 1.02 times the floor; inference takes 1.02 copies. In bfloat16 flax takes 2.74 times as long.
+At 60×100 flax takes 0.88 of our 101 µs. A second run, before a part of fewer than 128 values could
+not make an origin: 1.45 (1.13 at the least), 1.95, 1.50, 3.25, 1.01; floor 0.96, inference 0.93,
+bfloat16 2.78. Before both sums came from one reading of x: 1.15, 1.44, 1.18, 2.49, 0.76; floor
+1.16, bfloat16 1.60, the same day.
 
-What was tried: two sums in one pass over x, as a variadic reduction, of a stack, of a product with
-[1, d], by matrix products: 2 to 100 times slower on XLA's CPU, which leaves torch, whose kernel
-does it, ahead. Both sums block by block, so that the second reads from the cache: 1.6 times slower,
-as slices are copied first. Sums over inner axes first: twice slower. Per-feature factors behind a
-barrier, lest each value compute them again: no difference, as barriers are gone before XLA fuses
-loops.
+What was tried. Of the forward sums at 64×56×56×64, where one plain sum takes 3.4 ms: two reductions
+of x - origin 12.6 ms; a reduction of both over all of the leading axes 3 to 20 times that; of both
+over 14 blocks of the second axis, and plain sums of what is left, 4.2 ms (7 blocks 4.9, of the
+leading axis 4.3 to 6.1, of the third 5.7); the same written as sums of slices into a complex array
+6.6, or as a complex sum 6.1. More levels of blocks save a tenth of that and double what the sums
+take to compile. The backward sums: 11.5 and 7.9 ms. Both sums block by block, so that the second
+reads from the cache: 1.6 times slower, as slices are copied first. Per-feature factors behind a
+barrier, lest each value compute them again: no difference.
 """
 
 import math

@@ -7,13 +7,12 @@ MNIST by SGD in batches of 60, and compute the same. Ours runs chunks of steps u
 data that stays on the device, with our batch norm. The other calls a jitted step (state donated,
 flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks; torch's is eager.
 
-Last result, 2026-11-24, 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8, optax 0.2.8, torch 2.13.0,
-three times 25 turns of 1,000 steps: flax's loop takes 1.30, 1.28 and 1.27 times as long as ours
-(quartiles 1.23 to 1.33, 1.25 to 1.33, 1.20 to 1.33), torch's 3.28, 3.23 and 3.44 times; ours takes
-386, 420 and 396 µs per step. A fourth run, of 15 turns: 1.26 (1.20 to 1.32), 3.44, 400 µs. With an
-exponential less per layer: 1.30 (1.27 to 1.37) and 1.34 (1.23 to 1.44), 384 and 397 µs; of today's
-program, on a machine that was busy: 1.33 (1.26 to 1.45) and 1.23 (1.12 to 1.31). About 280 µs are
-matrix products, at the speed of the cores.
+Last result, 2026-11-26, 2 cores of an AMD EPYC (on a day when it was half as fast as at its best),
+jax 0.10.2, flax 0.12.8, optax 0.2.8, torch 2.13.0, three runs of 15 turns: flax's loop takes 1.52,
+1.44 and 1.34 times as long as ours (quartiles 1.43 to 1.63, 1.25 to 1.52, 1.23 to 1.43), torch's
+4.2, 3.3 and 4.0 times; ours takes 593, 671 and 681 µs per step. Before a layer's sums came in pairs:
+1.23 and 1.27 the same day, and 1.23 to 1.34 in eight runs on a faster one, where ours took 384 µs at
+best, of which 280 are matrix products, at the speed of the cores.
 """
 
 import functools
