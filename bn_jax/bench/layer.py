@@ -11,8 +11,8 @@ jax 0.10.2, flax 0.12.8, haiku 0.0.17, equinox 0.13.8, torch 2.13.0, 15 turns, g
 the four larger shapes in float32: flax takes 1.53 times as long as ours (1.32 at the least), flax
 with use_fast_variance=False 1.99, haiku 1.62, equinox 3.51, torch 1.07. At 64×56×56×64 ours takes
 33 ms, 1.02 times the floor; inference takes 1.02 copies. In bfloat16 flax takes 2.74 times as long.
-At 60×100 flax takes 0.88 of our 101 µs. A second run, before a part of fewer than 128 values could
-not make an origin: 1.45 (1.13 at the least), 1.95, 1.50, 3.25, 1.01; floor 0.96, inference 0.93,
+At 60×100 flax takes 0.88 of our 101 µs. A second run, when an origin could still be made of fewer
+than 128 values: 1.45 (1.13 at the least), 1.95, 1.50, 3.25, 1.01; floor 0.96, inference 0.93,
 bfloat16 2.78. Before both sums came from one reading of x: 1.15, 1.44, 1.18, 2.49, 0.76; floor
 1.16, bfloat16 1.60, the same day.
 

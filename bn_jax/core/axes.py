@@ -14,8 +14,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 Axes = tuple[int, ...]
 
@@ -55,6 +56,12 @@ def feature_shape(x: Array, axes: Axes) -> tuple[int, ...]:
 def feature_spec(x: Array, axes: Axes) -> PartitionSpec:
     """How one value per feature is spread over an explicit mesh, where x is."""
     return PartitionSpec(*(jax.typeof(x).sharding.spec[axis] for axis in axes))
+
+
+def for_each_feature(number: int, x: Array, axes: Axes, dtype: DTypeLike) -> Array:
+    """One number for each feature, spread over an explicit mesh as x is."""
+    sharding = jax.typeof(x).sharding.update(spec=feature_spec(x, axes))
+    return lax.full(feature_shape(x, axes), number, dtype, sharding=sharding)
 
 
 def batch_size(x: Array, axes: Axes) -> int:

@@ -8,6 +8,7 @@ E|x - s|² ≤ f σ², and of its digits at most log₂ 16 = 4 bits go to the or
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -16,7 +17,7 @@ from bn_jax.core.axes import Axes, batch_axes, batch_size
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.replicas import Replicas, sum_over
 from bn_jax.core.sums import center, count_of, keep, share, weigh
-from bn_jax.core.together import add_over, batched, local_axes, per_feature
+from bn_jax.core.together import add_over, batched, inner_axes, local_axes, per_feature
 
 
 def origin_of(
@@ -84,7 +85,9 @@ def of_part(x, *, axes):
 
 part_p = Primitive("sum_of_part")
 part_p.multiple_results = True
-part_p.def_impl(lambda x, *, axes: sum_of_part(x, axes=axes, within=batch_axes(x, axes)[1:]))
+part_p.def_impl(
+    lambda x, *, axes: sum_of_part(x, axes=axes, within=inner_axes(jax.typeof(x), axes))
+)
 part_p.def_abstract_eval(of_part)
 batching.primitive_batchers[part_p] = batched(part_p)
 mlir.register_lowering(part_p, lower)

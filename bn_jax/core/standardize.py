@@ -175,7 +175,7 @@ def push_whiten(
         y_dot = y_dot + wide_dot * spread(gain, x, axes)
     # Padding stays at the mean when the mean moves, and moves with β.
     y_dot = without_padding(y_dot + move, x, weights)
-    return functools.reduce(jnp.add, bias, y_dot).astype(x.dtype)
+    return (y_dot + bias[0] if bias else y_dot).astype(x.dtype)
 
 
 def is_zero(tangent: Any) -> bool:

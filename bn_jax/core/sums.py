@@ -8,12 +8,11 @@ over the members of a named axis.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Inexact
 
-from bn_jax.core.axes import Axes, batch_axes, batch_size, feature_shape, feature_spec, spread
+from bn_jax.core.axes import Axes, batch_axes, batch_size, for_each_feature, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.together import add_over, add_together
 
@@ -78,8 +77,7 @@ def count_of(x: Array, axes: Axes, weights: Array | None) -> Array:
     """Per feature, the number of values or the sum of their weights."""
     real = real_dtype(statistics_dtype(x.dtype))
     if weights is None:
-        sharding = jax.typeof(x).sharding.update(spec=feature_spec(x, axes))
-        return lax.full(feature_shape(x, axes), batch_size(x, axes), real, sharding=sharding)
+        return for_each_feature(batch_size(x, axes), x, axes, real)
     return add_over(weights.astype(real), batch_axes(x, axes))
 
 

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from bn_jax.core.axes import Axes, batch_axes, spread
+from bn_jax.core.axes import Axes, batch_axes, for_each_feature, spread
 
 
 def add_together(arrays: Sequence[Array], axes: Axes) -> list[Array]:
@@ -28,8 +28,10 @@ def add_together(arrays: Sequence[Array], axes: Axes) -> list[Array]:
 
 def spread_together(values: Sequence[Array], x: Array, axes: Axes) -> list[Array]:
     """Each of some values per feature, at every place of x; transposed, the sums above."""
-    # Where x differs from device to device, so do the values from here on: shard_map has to know.
-    zero = jnp.zeros_like(x, values[0].dtype, shape=())
+    # The values take x's type from here on, as their sums will have it: what shard_map knows to
+    # differ from device to device, and what an explicit mesh spreads over them.
+    dtype = values[0].dtype
+    zero = jnp.zeros_like(x, dtype, shape=()) + for_each_feature(0, x, axes, dtype)
     return spread_p.bind(*(value + zero for value in values), x, axes=axes)
 
 
@@ -115,24 +117,38 @@ def spread_transpose(cotangents, *values, axes):
 
 
 def lower_for_cpu(context, *arrays, axes):
-    """In blocks, of an axis along which no values lie on another device."""
-    add = functools.partial(add_in_blocks, cuttable=local_axes(context, axes))
+    """In blocks, of an axis along which no values lie on another device, where that is certain.
+
+    Where it is not, in a jit over several devices by a mesh that types don't tell of, a wrong guess
+    would move all of x.
+    """
+    mesh = context.avals_in[0].sharding.mesh
+    certain = is_local(context) or mesh.are_all_axes_explicit
+    cuttable = local_axes(context, axes) if certain else []
+    add = functools.partial(add_in_blocks, cuttable=cuttable)
     return mlir.lower_fun(add)(context, *arrays, axes=axes)
 
 
 def local_axes(context, axes):
-    """The axes to sum over along which no values lie on another device, as far as is known.
+    """The axes to sum over along which no values lie on another device, as far as types tell.
 
-    The leading one comes last: it is what a batch is spread over devices by.
+    The leading one comes last, and only where no other device takes part: it is what a batch is
+    spread by.
     """
     x = context.avals_in[0]
+    leading = [axis for axis in range(x.ndim) if axis not in axes][:1]
+    return inner_axes(x, axes) + leading * is_local(context)
+
+
+def inner_axes(x, axes):
+    """The axes to sum over of a type, but the leading one and those that its mesh spreads."""
     summed = [axis for axis in range(x.ndim) if axis not in axes]
-    local = [axis for axis in summed[1:] if x.sharding.spec[axis] is None]
-    return local + summed[:1] * is_local(context.module_context.axis_context)
+    return [axis for axis in summed[1:] if x.sharding.spec[axis] is None]
 
 
 def is_local(context):
     """Whether what is lowered runs on one device: all is there, or it is shard_map's or pmap's."""
+    context = context.module_context.axis_context
     if hasattr(context, "num_devices"):
         return context.num_devices == 1
     mesh = getattr(context, "mesh", None)
@@ -148,13 +164,17 @@ def batched(primitive):
     """With an axis more in front, which is one more feature axis."""
 
     def rule(values, dims, *, axes):
-        size = next(v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None)
-        values = [
-            jnp.broadcast_to(value, (size, *value.shape))
-            if dim is None
-            else jnp.moveaxis(value, dim, 0)
-            for value, dim in zip(values, dims, strict=True)
-        ]
+        like, at = next(pair for pair in zip(values, dims, strict=True) if pair[1] is not None)
+
+        def in_front(value, dim):
+            if dim is not None:
+                return jnp.moveaxis(value, dim, 0)
+            sharding = jax.typeof(value).sharding
+            spec = (jax.typeof(like).sharding.spec[at], *sharding.spec)
+            shape = (like.shape[at], *value.shape)
+            return jnp.broadcast_to(value, shape, out_sharding=sharding.update(spec=spec))
+
+        values = map(in_front, values, dims)
         results = primitive.bind(*values, axes=(0, *(axis + 1 for axis in axes)))
         return results, [0] * len(results)
 

@@ -237,7 +237,7 @@ MUTATIONS = [
         "origin",
     ),
     Mutation(
-        "the part's sum is divided by the whole batch's count",
+        "the part's sum is divided by twice its count",
         "origin.py",
         "    return total, count_of(x, axes, None)",
         "    return total, count_of(x, axes, None) * 2",
@@ -269,7 +269,7 @@ MUTATIONS = [
         "standardize.py",
         "slope, move, *bias = spread_together([slope, move, *bias], x, axes)",
         "slope, move, *bias = (spread(v, x, axes) for v in [slope, move, *bias])",
-        "together",
+        "traffic",
     ),
     Mutation(
         "half precision may be kept wide",
@@ -303,8 +303,8 @@ MUTATIONS = [
     Mutation(
         "a vmapped array is summed along the wrong axis",
         "together.py",
-        "else jnp.moveaxis(value, dim, 0)",
-        "else value",
+        "return jnp.moveaxis(value, dim, 0)",
+        "return value",
         "together",
     ),
     Mutation(
@@ -320,6 +320,34 @@ MUTATIONS = [
         "tangents = map(instantiate, tangents)\n    return add_p",
         "tangents = [instantiate(t) * (n == 0) for n, t in enumerate(tangents)]\n    return add_p",
         "gradients",
+    ),
+    Mutation(
+        "spread values do not take x's sharding",
+        "together.py",
+        " + for_each_feature(0, x, axes, dtype)",
+        "",
+        "together",
+    ),
+    Mutation(
+        "on an unknown mesh, inner axes are cut",
+        "together.py",
+        "certain = is_local(context) or mesh.are_all_axes_explicit",
+        "certain = True",
+        "together",
+    ),
+    Mutation(
+        "what is not batched loses the batch axis' sharding",
+        "together.py",
+        "spec = (jax.typeof(like).sharding.spec[at], *sharding.spec)",
+        "spec = (None, *sharding.spec)",
+        "together",
+    ),
+    Mutation(
+        "op by op, sharded axes are cut for the origin",
+        "origin.py",
+        "within=inner_axes(jax.typeof(x), axes))",
+        "within=batch_axes(x, axes)[1:])",
+        "origin",
     ),
     # standardize.py
     Mutation(
@@ -802,9 +830,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a count knows nothing of an explicit mesh",
-        "sums.py",
-        "batch_size(x, axes), real, sharding=sharding)",
-        "batch_size(x, axes), real)",
+        "axes.py",
+        "number, dtype, sharding=sharding)",
+        "number, dtype)",
         "ghost",
     ),
 ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import bn_jax as bn
 from bn_jax.core.stored import stored
 from bn_jax.core.together import add_together, spread_together
 
@@ -81,10 +82,10 @@ def test_what_is_spread_transposes_into_the_sums(shape, axes):
     tolerance = {"rtol": 1e-4, "atol": 1e-4}
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, **tolerance),
-        [jax.jit(jax.grad(ours, (0, 1)))(values, x), jax.jit(jax.hessian(ours))(values, x),
-         jax.jvp(ours, (values, x), (values, x)), jax.grad(ours)(values, x)],
-        [jax.grad(plain, (0, 1))(values, x), jax.hessian(plain)(values, x),
-         jax.jvp(plain, (values, x), (values, x)), jax.grad(plain)(values, x)],
+        [jax.grad(ours, (0, 1))(values, x), jax.jit(jax.hessian(ours))(values, x),
+         jax.jit(jax.grad(ours))(values, x), jax.jvp(ours, (values, x), (values, x))],
+        [jax.grad(plain, (0, 1))(values, x), jax.jit(jax.hessian(plain))(values, x),
+         jax.jit(jax.grad(plain))(values, x), jax.jvp(plain, (values, x), (values, x))],
     )  # fmt: skip
 
 
@@ -150,6 +151,73 @@ def test_an_axis_that_is_spread_explicitly_is_not_cut():
         run = jax.jit(lambda x: add_together([x, x], (3,)))
         assert cuts(run.lower(x).as_text()) == ["2"]
         np.testing.assert_array_equal(run(x)[0], [512, 512])
+
+
+def test_an_auto_mesh_moves_no_more_than_sums(shape=(8, 28, 32, 4)):
+    """An inner axis may be spread, and types do not say so: no sum gathers x."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, PartitionSpec(None, "d")))
+    params, state = bn.init(4)
+    loss = lambda x: jnp.sum(bn.batch_norm(x, params, state, train=True)[0] ** 3)  # noqa: E731
+    hlo = jax.jit(jax.grad(loss)).lower(x).compile().as_text()
+    assert "all-reduce" in hlo
+    assert "all-gather" not in hlo
+    assert "all-to-all" not in hlo
+
+
+def training_gradients(x, params, state, **options):
+    def loss(x, params):
+        y, _ = bn.batch_norm(x, params, state, train=True, **options)
+        return jnp.sum(y**3)
+
+    return jax.grad(loss, (0, 1))(x, params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "run"),
+    [
+        (kind, spec, run)
+        for kind in ("plain", "mask", "weights", "uneven groups")
+        for spec in ((None, "d"), (None, None, None, "d"), ("d", None, None, "f"))
+        if kind != "uneven groups" or spec[0] is None  # groups may not span shards
+        for run in ("jit", "eager")
+        if run == "jit" or kind == "mask"  # op by op is slow
+    ],
+)
+def test_explicit_meshes_change_no_gradient(kind, spec, run, shape=(8, 8, 4, 4)):
+    """Features, or an inner axis of the batch, spread over devices; params on all of them."""
+    x = arrays(shape)[0]
+    options = {
+        "plain": {},
+        "mask": {"where": np.asarray(x > -1)},
+        "weights": {"where": np.abs(np.asarray(x))},
+        "uneven groups": {"group_size": 3},
+    }[kind]
+    params, state = bn.init(4)
+    step = functools.partial(training_gradients, **options)
+    expected = jax.device_get(jax.jit(step)(x, params, state))
+    mesh = jax.make_mesh((2, 2), ("d", "f"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(*spec)))
+        run_step = jax.jit(step) if run == "jit" else step
+        found = jax.device_get(run_step(spread, *jax.device_get((params, state))))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
+
+
+def test_members_on_an_explicit_mesh_may_share_a_mask(shape=(4, 8, 8, 3)):
+    x = arrays(shape)[0]
+    where = np.asarray(x[0] > 0)
+    measure = jax.jit(jax.vmap(functools.partial(bn.measure, where=where)))
+    expected = jax.device_get(measure(x))
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec("d")))
+        found = jax.device_get(measure(spread))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, expected
+    )
 
 
 def test_what_is_stored_is_the_same_under_every_transformation():

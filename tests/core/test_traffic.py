@@ -1,5 +1,6 @@
 """What a training step reads and writes: x and dy some times over, y and dx once, no more."""
 
+import functools
 import re
 
 import jax
@@ -15,10 +16,9 @@ fuses = pytest.mark.skipif(
 )
 
 
-def training_step(x, params, state, dy):
-    y, pullback, state = jax.vjp(
-        lambda x, params: bn.batch_norm(x, params, state, train=True), x, params, has_aux=True
-    )
+def training_step(x, params, state, dy, where=None):
+    train = functools.partial(bn.batch_norm, state=state, train=True, where=where)
+    y, pullback, state = jax.vjp(train, x, params, has_aux=True)
     return y, state, pullback(dy)
 
 
@@ -30,7 +30,7 @@ def written(dtype, shape=SHAPE):
     hlo = jax.jit(step).lower(x, params, state, x).compile().as_text()
     entry = hlo[hlo.index("\nENTRY") :]
     size = ",".join(map(str, shape))
-    return sorted(re.findall(rf"= (\w+)\[{size}\]\S* (?!parameter)\w+\(", entry))
+    return sorted(re.findall(rf"= (\w+)\[{size}\]\S* (?!parameter)[\w-]+\(", entry))
 
 
 @fuses
@@ -41,6 +41,16 @@ def test_only_y_and_dx_are_written_in_float32():
 @fuses
 def test_only_y_and_dx_are_written_in_half_precision():
     assert written(jnp.bfloat16) == ["bf16", "bf16"]
+
+
+def test_each_direction_reads_what_it_sums_once():
+    """Its two sums (with a mask, three) are one reduction of several arrays."""
+    params, state = bn.init(SHAPE[-1])
+    x = jnp.zeros(SHAPE)
+    for where, together in ((None, ["2", "2"]), (x > 0, ["3", "3"])):
+        step = functools.partial(training_step, where=where)
+        hlo = jax.jit(step).lower(x, params, state, x).as_text()
+        assert re.findall(r"%\d+:(\d) = stablehlo.reduce\(", hlo) == together
 
 
 @fuses
