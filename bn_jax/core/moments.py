@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
-from bn_jax.core.axes import collapse, feature_axes, feature_shape, spread_where
+from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread_where
 from bn_jax.core.origin import origin_of, shared_origin
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
-from bn_jax.core.sums import Sums, add_up, share, square
+from bn_jax.core.sums import Sums, add_up, count_or_all, divisor, for_each, inner, share, square
 
 
 class Moments(NamedTuple):
@@ -75,7 +75,7 @@ def measure(
     x, axes = collapse(x, axes)
     weights = None if weights is None else weights.reshape(x.shape)
     origin = origin_of(x, axes, weights)
-    moments = shift(origin, moments_of(add_up(x, origin, axes, weights)))
+    moments = shift(origin, moments_of(add_up(x, origin, axes, weights), x, axes))
     return Moments(*(part.reshape(features) for part in moments))
 
 
@@ -151,18 +151,36 @@ def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple
     everywhere = shared_origin(origin, near.count, add)
     mean, var, count = near.mean + (origin - everywhere), near.var, near.count
     sums = Sums(count.astype(mean.dtype) * mean, count * (var + square(mean)), count)
-    return everywhere, moments_of(add(sums))
+    sums = add(sums)
+    return everywhere, Moments(*mean_and_var(sums, sums.count), sums.count)
 
 
-def moments_of(sums: Sums) -> Moments:
-    """Moments of data whose mean is near zero: E|d|² - |E d|² then cancels nothing."""
-    mean = share(sums.total, sums.count)
-    var = share(sums.square, sums.count) - square(mean)
+def moments_of(sums: Sums, x: Array, axes: Axes) -> Moments:
+    """The moments of x, by its sums."""
+    count = count_or_all(sums.count, x, axes)
+    return Moments(*mean_and_var(sums, count), for_each(count, x, axes))
+
+
+def mean_and_var(sums: Sums, count: Array | int) -> tuple[Array, Array]:
+    """E d and E|d|² - |E d|², of data whose mean is near zero: so it cancels nothing."""
+    mean = share(sums.total, count)
+    var = share(sums.square, count) - square(mean)
     # Not by maximum, which at 0, of a constant feature, would pass on half of a derivative.
-    return Moments(mean, lax.select(var < 0, jnp.zeros_like(var), var), sums.count)
+    return mean, lax.select(var < 0, jnp.zeros_like(var), var)
+
+
+def push_mean_and_var(
+    mean: Array, var: Array, count: Array | int, sums_dot: Sums
+) -> tuple[Array, Array]:
+    """Their tangents, from those of the sums; that of the count may be None for zero."""
+    mean_dot, var_dot, count_dot = sums_dot
+    if count_dot is not None:
+        mean_dot = mean_dot - mean * count_dot.astype(mean.dtype)
+        var_dot = var_dot - (var + square(mean)) * count_dot
+    mean_dot = mean_dot / divisor(mean_dot, count)
+    return mean_dot, var_dot / divisor(var_dot, count) - 2 * inner(mean, mean_dot)
 
 
 def shift(by: Array, moments: Moments) -> Moments:
-    """The moments of x + by; where nothing was seen, nothing moves."""
-    seen = moments.count > 0
-    return moments._replace(mean=lax.select(seen, moments.mean + by, moments.mean))
+    """The moments of x + by."""
+    return moments._replace(mean=moments.mean + by)

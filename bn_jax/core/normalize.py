@@ -121,10 +121,8 @@ def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
     """1/√(σ² + ε), and 0 where that is 1/0: a feature without spread is centered, not scaled."""
     check_epsilon(epsilon)
     padded = var + jnp.asarray(epsilon, var.dtype)
-    positive, one = padded > 0, jnp.ones_like(padded)
-    return lax.select(
-        positive, lax.rsqrt(lax.select(positive, padded, one)), jnp.zeros_like(padded)
-    )
+    flat, one = padded <= 0, jnp.ones_like(padded)  # NaN is not: what is broken must be seen
+    return lax.select(flat, jnp.zeros_like(padded), lax.rsqrt(lax.select(flat, one, padded)))
 
 
 def check_epsilon(epsilon: ArrayLike) -> None:

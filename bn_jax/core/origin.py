@@ -5,6 +5,7 @@ deviations from the mean of all (Cauchy-Schwarz: whatever draws s away widens σ
 E|x - s|² ≤ f σ², and of its digits at most log₂ 16 = 4 bits go to the origin.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from bn_jax.core.axes import Axes, batch_axes, batch_size
-from bn_jax.core.dtypes import real_dtype, statistics_dtype
+from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.replicas import Replicas, sum_over
-from bn_jax.core.sums import center, count_of, keep, share, weigh
+from bn_jax.core.sums import center, count_of, for_each, keep, share, weigh
 from bn_jax.core.together import add_over, batched, inner_axes, local_axes, per_feature
 
 
@@ -39,14 +40,14 @@ def origin_of(
         return share(add_over(weigh(keep(values, weights), weights), batch_axes(x, axes)), count)
 
     if weights is None:
-        origin = share(*part_p.bind(x, axes=axes))
+        origin = part_p.bind(x, axes=axes)
     else:
         origin = mean(x.astype(statistics_dtype(x.dtype)))
         if weights.dtype != bool:
             origin = origin + mean(center(x, origin, axes))
     if replicas is None:
         return origin
-    return shared_origin(origin, count, lambda parts: sum_over(parts, replicas))
+    return shared_origin(origin, for_each(count, x, axes), lambda parts: sum_over(parts, replicas))
 
 
 def shared_origin(origin: Array, count: Array, add: Callable[[Any], Any]) -> Array:
@@ -55,8 +56,8 @@ def shared_origin(origin: Array, count: Array, add: Callable[[Any], Any]) -> Arr
     return share(*add((count.astype(origin.dtype) * origin, count)))
 
 
-def sum_of_part(x: Array, *, axes: Axes, within: Sequence[int]) -> tuple[Array, Array]:
-    """Per feature the sum of a part of x, and how many values that is.
+def mean_of_part(x: Array, *, axes: Axes, within: Sequence[int]) -> Array:
+    """Per feature the mean of a part of x.
 
     A sixteenth along the first of some axes that has an extent, but no fewer than 128 values: so
     many bring the origin within a tenth of a standard deviation.
@@ -66,27 +67,24 @@ def sum_of_part(x: Array, *, axes: Axes, within: Sequence[int]) -> tuple[Array, 
     if axis is not None and parts > 1:
         x = lax.slice_in_dim(x, 0, -(-x.shape[axis] // parts), axis=axis)
     total = add_over(x.astype(statistics_dtype(x.dtype)), batch_axes(x, axes))
-    return total, count_of(x, axes, None)
+    return share(total, batch_size(x, axes))
 
 
 def lower(context, x, *, axes):
     """A part that no device has to fetch from another."""
     within = local_axes(context, axes)
-    part = mlir.lower_fun(lambda x: sum_of_part(x, axes=axes, within=within))
-    return part(context, x)
+    part = functools.partial(mean_of_part, axes=axes, within=within)
+    return mlir.lower_fun(part, multiple_results=False)(context, x)
 
 
 def of_part(x, *, axes):
-    """What these sums look like."""
-    wide = statistics_dtype(x.dtype)
-    total = per_feature(x, axes)
-    return total.update(dtype=wide), total.update(dtype=real_dtype(wide))
+    """What these means look like."""
+    return per_feature(x, axes).update(dtype=statistics_dtype(x.dtype))
 
 
-part_p = Primitive("sum_of_part")
-part_p.multiple_results = True
+part_p = Primitive("mean_of_part")
 part_p.def_impl(
-    lambda x, *, axes: sum_of_part(x, axes=axes, within=inner_axes(jax.typeof(x), axes))
+    lambda x, *, axes: mean_of_part(x, axes=axes, within=inner_axes(jax.typeof(x), axes))
 )
 part_p.def_abstract_eval(of_part)
 batching.primitive_batchers[part_p] = batched(part_p)

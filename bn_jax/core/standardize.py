@@ -2,15 +2,16 @@
 
 y = γ r (x - μ) + β with r = 1/√(σ² + ε) depends on x also through μ and σ². Differentiated step by
 step, reverse mode would keep several arrays of x's size. Here two steps see all of x: `local_sums`
-makes what moments are made of, `whiten` makes y by given moments. Each has a rule that keeps x
-itself, in its own dtype, and a few numbers per feature. Between them are only numbers per feature,
-and the collectives over replicas, which JAX differentiates by itself.
+makes what moments are made of, S₁ = Σ d and S₂ = Σ |d|² of d = x - origin; `whiten` makes y by
+them. Each has a rule that keeps x itself, in its own dtype, and a few numbers per feature. Between
+them is only the collective over replicas, which JAX differentiates by itself.
 
-With tangents ẋ, γ̇, β̇, ε̇, and E the mean over the batch,
+With tangents ẋ, γ̇, β̇, ε̇, of m values whose mean is μ (about the origin),
 
-    μ̇ = E[ẋ],   (σ²)˙ = 2 Re E[(x - μ)* ẋ],                          (by `local_sums`)
+    Ṡ₁ = Σ ẋ,   Ṡ₂ = 2 Re Σ d* ẋ,                                    (by `local_sums`)
+    μ̇ = Ṡ₁/m,   (σ²)˙ = Ṡ₂/m - 2 Re μ* μ̇,
     ṙ = -r³ ((σ²)˙ + ε̇)/2,
-    ẏ = γr (ẋ - μ̇) + (γ̇r + γṙ)(x - μ) + β̇.                          (by `whiten`)
+    ẏ = γr (ẋ - μ̇) + (γ̇r + γṙ)(d - μ) + β̇.                          (by `whiten`)
 
 That map is linear in the tangents. JAX transposes it into the paper's backward pass (Ioffe &
 Szegedy 2015, section 3; g = ∂L/∂y),
@@ -31,15 +32,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
 
 from bn_jax.core.axes import Axes, collapse, feature_shape, spread
-from bn_jax.core.moments import Moments, moments_of
+from bn_jax.core.moments import Moments, mean_and_var, moments_of, push_mean_and_var
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
 from bn_jax.core.origin import origin_of
 from bn_jax.core.replicas import Replicas, sum_over
 from bn_jax.core.stored import stored
-from bn_jax.core.sums import Sums, add_up, center, without_padding
+from bn_jax.core.sums import Sums, add_up, center, count_or_all, for_each, without_padding
 from bn_jax.core.together import spread_together
 
 
@@ -48,7 +48,7 @@ def standardize(
     replicas: Replicas | None,
     x: Array,
     params: BatchNormParams,
-    epsilon: ArrayLike,
+    epsilon: Array,
     weights: Array | None,
 ) -> tuple[Array, Array, Moments]:
     """Y in x's dtype, an origin near the mean, and the moments of x - origin.
@@ -63,10 +63,13 @@ def standardize(
     origin = origin_of(x, axes, weights, replicas)
     wide = x.astype(origin.dtype)
     # JAX runs a rule when it differentiates, by when vmap may have taken its name away: the
-    # collectives stand outside of the rules.
-    near = moments_of(sum_over(local_sums(axes, x, wide, origin, weights), replicas))
-    y = whiten(axes, x, wide, origin, near, params, epsilon, weights)
-    statistics = lax.stop_gradient((origin, near))
+    # collective stands outside of the rules.
+    sums = local_sums(axes, x, wide, origin, weights)
+    if replicas is not None:
+        count = for_each(count_or_all(sums.count, x, axes), x, axes)
+        sums = sum_over(sums._replace(count=count), replicas)
+    y = whiten(axes, x, wide, origin, sums, params, epsilon, weights)
+    statistics = origin, moments_of(lax.stop_gradient(sums), x, axes)
     return y.reshape(shape), *jax.tree.map(lambda part: part.reshape(features), statistics)
 
 
@@ -83,8 +86,8 @@ def local_sums_jvp(
     """The tangents of wide and weights, pushed through the sums."""
     (x, _, origin, weights), (_, wide_dot, _, weights_dot) = primals, tangents
     sums = add_up(x, origin, axes, weights)
-    weights_dot = None if is_zero(weights_dot) else weights_dot
-    return sums, push_sums(axes, x, origin, weights, instantiate(wide_dot), weights_dot)
+    dots = instantiate(wide_dot), unless_zero(weights_dot)
+    return sums, push_sums(axes, x, origin, weights, *dots)
 
 
 # What goes into a checkpoint is x and numbers per feature: no more is kept for transposing. As one
@@ -114,14 +117,28 @@ def whiten(
     x: Array,
     wide: Array,
     origin: Array,
-    near: Moments,
+    sums: Sums,
     params: BatchNormParams,
-    epsilon: ArrayLike,
+    epsilon: Array,
     weights: Array | None,
 ) -> Array:
-    """Y in x's dtype, by the moments of x - origin."""
-    deviation = without_padding(center(x, origin, axes) - spread(near.mean, x, axes), x, weights)
-    return transform(deviation, inverse_std(near.var, epsilon), params, axes).astype(x.dtype)
+    """Y in x's dtype, by the sums of x - origin."""
+    mean, var = mean_and_var(sums, count_or_all(sums.count, x, axes))
+    return whiten_by(axes, x, origin, mean, inverse_std(var, epsilon), params, weights)
+
+
+def whiten_by(
+    axes: Axes,
+    x: Array,
+    origin: Array,
+    mean: Array,
+    r: Array,
+    params: BatchNormParams,
+    weights: Array | None,
+) -> Array:
+    """Y in x's dtype, by the mean of x - origin and r."""
+    deviation = without_padding(center(x, origin, axes) - spread(mean, x, axes), x, weights)
+    return transform(deviation, r, params, axes).astype(x.dtype)
 
 
 @functools.partial(whiten.defjvp, symbolic_zeros=True)
@@ -129,14 +146,15 @@ def whiten_jvp(
     axes: Axes, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     """The tangents of all but origin and weights, pushed through the map."""
-    x, _, origin, near, params, epsilon, weights = primals
-    _, wide_dot, _, *dots, _ = tangents
-    dots = (
-        None if is_zero(wide_dot) else wide_dot,
-        *jax.tree.map(instantiate, dots, is_leaf=is_zero),
-    )
-    y = whiten.fun(axes, *primals)
-    return y, push_whiten(axes, x, origin, near, params, epsilon, weights, *dots)
+    x, _, origin, sums, params, epsilon, weights = primals
+    _, wide_dot, _, sums_dot, *dots, _ = tangents
+    mean, var = mean_and_var(sums, count_or_all(sums.count, x, axes))
+    r = inverse_std(var, epsilon)
+    y = whiten_by(axes, x, origin, mean, r, params, weights)
+    sums_dot = sums_dot._replace(count=unless_zero(sums_dot.count))
+    dots = jax.tree.map(instantiate, (sums_dot, *dots), is_leaf=is_zero)
+    at = (x, origin, mean, var, sums.count, r, params, weights)
+    return y, push_whiten(axes, *at, unless_zero(wide_dot), *dots)
 
 
 @once
@@ -144,28 +162,30 @@ def push_whiten(
     axes: Axes,
     x: Array,
     origin: Array,
-    near: Moments,
+    mean: Array,
+    var: Array,
+    count: Array | None,
+    r: Array,
     params: BatchNormParams,
-    epsilon: Array,
     weights: Array | None,
     wide_dot: Array | None,
-    near_dot: Moments,
+    sums_dot: Sums,
     params_dot: BatchNormParams,
     epsilon_dot: Array,
 ) -> Array:
-    """ẏ in x's dtype; ẋ may be None for zero."""
-    wide, mean = origin.dtype, near.mean
-    r = inverse_std(near.var, epsilon)
-    scale = jnp.ones_like(origin) if params.scale is None else params.scale.astype(wide)
+    """ẏ in x's dtype; ẋ and that of the count may be None for zero."""
+    wide = origin.dtype
+    mean_dot, var_dot = push_mean_and_var(mean, var, count_or_all(count, x, axes), sums_dot)
     # Factor by factor: r³ itself leaves float32's range where the spread is beyond 1e±13.
-    r_dot = -0.5 * (r * (r * (r * (near_dot.var + epsilon_dot))))
-    r, r_dot = r.astype(wide), r_dot.astype(wide)
+    r_dot = (-0.5 * (r * (r * (r * (var_dot + epsilon_dot))))).astype(wide)
+    r = r.astype(wide)
+    scale = jnp.ones_like(origin) if params.scale is None else params.scale.astype(wide)
     slope, gain = scale * r_dot, scale * r
     if params_dot.scale is not None:
         slope = slope + params_dot.scale.astype(wide) * r
 
     # Products with μ are taken per feature, so that they transpose into the sum that β̇ does: of g.
-    move = -(mean * slope + gain * near_dot.mean)
+    move = -(mean * slope + gain * mean_dot)
     bias = [] if params_dot.bias is None else [params_dot.bias.astype(wide)]
     if weights is None and bias:
         move = move + bias.pop()
@@ -181,6 +201,11 @@ def push_whiten(
 def is_zero(tangent: Any) -> bool:
     """Whether JAX knows a tangent to be zero."""
     return isinstance(tangent, SymbolicZero)
+
+
+def unless_zero(tangent: Any) -> Array | None:
+    """A tangent as an array, or None where it is known to be zero."""
+    return None if is_zero(tangent) else tangent
 
 
 def instantiate(tangent: Any) -> Array:

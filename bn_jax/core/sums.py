@@ -23,12 +23,12 @@ class Sums(NamedTuple):
     Attributes:
         total: Σ w d, of deviations d from an origin.
         square: Σ w |d|².
-        count: Σ w.
+        count: Σ w, or None for all there are.
     """
 
     total: Inexact[Array, "*features"]
     square: Float[Array, "*features"]
-    count: Float[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Float[Array, "*features"] | None  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def center(x: Array, origin: Array, axes: Axes) -> Array:
@@ -51,7 +51,7 @@ def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
     if weights is not None:
         parts.append(weights.astype(parts[1].dtype))
     total, squares, *count = add_together(parts, axes)
-    return Sums(total, squares, count[0] if count else count_of(x, axes, weights))
+    return Sums(total, squares, count[0] if count else None)
 
 
 def keep(values: Array, weights: Array | None) -> Array:
@@ -73,12 +73,22 @@ def weigh(kept: Array, weights: Array | None) -> Array:
     return weights.astype(kept.dtype) * kept
 
 
-def count_of(x: Array, axes: Axes, weights: Array | None) -> Array:
-    """Per feature, the number of values or the sum of their weights."""
-    real = real_dtype(statistics_dtype(x.dtype))
+def count_of(x: Array, axes: Axes, weights: Array | None) -> Array | int:
+    """The number of values, or per feature the sum of their weights."""
     if weights is None:
-        return for_each_feature(batch_size(x, axes), x, axes, real)
-    return add_over(weights.astype(real), batch_axes(x, axes))
+        return batch_size(x, axes)
+    return add_over(weights.astype(real_dtype(statistics_dtype(x.dtype))), batch_axes(x, axes))
+
+
+def count_or_all(count: Array | None, x: Array, axes: Axes) -> Array | int:
+    """A count, or that of all of x, which is known before anything is computed."""
+    return batch_size(x, axes) if count is None else count
+
+
+def for_each(count: Array | int, x: Array, axes: Axes) -> Array:
+    """A count per feature, also of a number."""
+    real = real_dtype(statistics_dtype(x.dtype))
+    return for_each_feature(count, x, axes, real) if isinstance(count, int) else count
 
 
 def counts(weights: Array) -> Array:
@@ -86,17 +96,28 @@ def counts(weights: Array) -> Array:
     return weights if weights.dtype == bool else weights > 0
 
 
-def share(part: Array, whole: Array) -> Array:
+def share(part: Array, whole: Array | int) -> Array:
     """Part / whole, correctly rounded, and 0 of nothing without a NaN on the way.
 
     Of one divisor for many values XLA would make a multiplication by its rounded reciprocal, and
     fuse that into the subtractions that use the quotient, each in its own way: two means, a bit
     apart, of one batch. A divisor that is part where part is NaN says the same and is not one.
     """
-    safe = lax.select(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
-    return part / lax.select(jnp.isnan(part), lax.stop_gradient(part), safe)
+    return part / lax.select(part != part, lax.stop_gradient(part), divisor(part, whole))
+
+
+def divisor(part: Array, whole: Array | int) -> Array:
+    """Whole in the dtype of part, and 1 of nothing."""
+    if isinstance(whole, int):
+        return lax.full_like(part, max(whole, 1))
+    return lax.select(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
 
 
 def square(x: Array) -> Array:
     """|x|², real."""
-    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x
+    return inner(x, x)
+
+
+def inner(a: Array, b: Array) -> Array:
+    """Re a* b."""
+    return jnp.real(jnp.conj(a) * b) if jnp.iscomplexobj(a) else a * b

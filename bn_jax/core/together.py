@@ -176,7 +176,7 @@ def batched(primitive):
 
         values = map(in_front, values, dims)
         results = primitive.bind(*values, axes=(0, *(axis + 1 for axis in axes)))
-        return results, [0] * len(results)
+        return results, [0] * len(results) if primitive.multiple_results else 0
 
     return rule
 

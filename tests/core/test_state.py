@@ -84,6 +84,14 @@ def test_a_bad_channel_waits_while_the_others_advance(bad, average):
     assert np.isfinite(y[:, others]).all()
 
 
+def test_a_broken_running_variance_is_seen():
+    """It does not pass for a channel without spread, whose y is β."""
+    broken = STATE._replace(var=STATE.var.at[1].set(np.nan))
+    y, _ = bn.batch_norm(X, PARAMS, broken, train=False)
+    assert np.isnan(y[:, 1]).all()
+    assert np.isfinite(y[:, [0, 2]]).all()
+
+
 def test_counts_are_per_feature_and_so_is_the_weight_of_the_past():
     """A channel that skipped its first batches is exact after its own first one."""
     _, state = bn.init(C)
