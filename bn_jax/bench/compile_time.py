@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from bn_jax.bench.contender import training_step
 from bn_jax.bench.interleave import Timing, interleave
-from bn_jax.bench.peers import FUNCTIONAL, OURS, training_step
+from bn_jax.bench.peers import FUNCTIONAL, OURS
 from bn_jax.bench.report import Bar, Report
 from bn_jax.bench.stack import make_stack
 

@@ -1,9 +1,7 @@
-"""The batch norm layers of all libraries that are installed, behind one interface.
+"""The batch norm layers of all libraries that are installed, behind the interface of `contender`.
 
-Three instances: flax by `linen.BatchNorm`, torch by `nn.BatchNorm2d`, ours by `batch_norm`. Each is
-a function that takes a batch and its output's gradient, and builds a `Layer`: what is timed
-(`step`, `infer`) and what is compared (`outcome`). All have the defaults of their library, but for
-the decay of the moving average: 0.99 for all, or 0 to read a batch's own statistics.
+All have the defaults of their library, but for the decay of the moving average: 0.99 for all, or 0
+to read a batch's own statistics.
 
 To add a JAX layer, write it as a `Functional` and name it in FUNCTIONAL; any other, as a `Build`
 in PEERS.
@@ -11,57 +9,15 @@ in PEERS.
 
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bn_jax.bench.contender import Build, Functional, Layer, Make, Shape, functional_layer
 from bn_jax.bench.oracle import Outcome
-
-
-class Layer(NamedTuple):
-    """A layer with its batch at hand; each call blocks until its work is done.
-
-    Attributes:
-        step: forward in training mode and backward: y, the new state, all gradients.
-        infer: forward by the running statistics.
-        outcome: of a step, in float64; mean and var are those the layer remembers, which at decay 0
-            are the batch's own.
-    """
-
-    step: Callable[[], object]
-    infer: Callable[[], object]
-    outcome: Callable[[], Outcome]
-
-
-Build = Callable[..., Layer]
-"""(x, dy, dtype, decay=0.99) -> Layer; x and dy are float arrays with the features last."""
-
-
-class Functional(NamedTuple):
-    """A JAX layer as functions; params has the leaves scale and bias, however they are nested.
-
-    Attributes:
-        params: what is differentiated.
-        state: running statistics.
-        apply: (params, state, x, train) -> (y, new state).
-        moments: state -> (mean, var).
-        unbiased: whether var is.
-    """
-
-    params: Any
-    state: Any
-    apply: Callable[[Any, Any, Array, bool], tuple[Array, Any]]
-    moments: Callable[[Any], tuple[Array, Array]]
-    unbiased: bool = False
-
-
-Shape = tuple[int, ...]
-Make = Callable[[Shape, float], Functional]
-"""(shape of x, decay) -> a JAX layer."""
 
 
 def ours(shape: Shape, decay: float, *, axis_name: str | None = None) -> Functional:
@@ -175,60 +131,6 @@ def keras(shape: Shape, decay: float) -> Functional:
     return Functional(params, state, apply, lambda state: (state[0], state[1]))
 
 
-def functional_layer(make: Make, *, channels_first: bool = False) -> Build:
-    """The build function of a JAX layer."""
-
-    def build(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
-        layer, axis, count = make(x.shape, decay), -1, x.size // x.shape[-1]
-        if channels_first:
-            x, dy, axis = np.moveaxis(x, -1, 1), np.moveaxis(dy, -1, 1), 1
-        batch, gradient = (jnp.asarray(a, jnp.float32).astype(dtype) for a in (x, dy))
-        step = jax.jit(training_step(layer.apply))
-        infer = jax.jit(lambda params, state, x: layer.apply(params, state, x, False)[0])
-
-        def run_step() -> Any:
-            return jax.block_until_ready(step(layer.params, layer.state, batch, gradient))
-
-        def outcome() -> Outcome:
-            y, state, grads, dx = run_step()
-            y, dx = np.moveaxis(wide(y), axis, -1), np.moveaxis(wide(dx), axis, -1)
-            dscale, dbias = in_order(grads)
-            mean, var = map(wide, layer.moments(state))
-            biased = var * (count - 1) / count if layer.unbiased else var
-            return Outcome(y, dx, dscale, dbias, mean, biased)
-
-        return Layer(
-            run_step,
-            lambda: jax.block_until_ready(infer(layer.params, layer.state, batch)),
-            outcome,
-        )
-
-    return build
-
-
-def training_step(apply: Callable[..., tuple[Array, Any]]) -> Callable[..., Any]:
-    """(params, state, x, dy) -> (y, new state, gradient of params, gradient of x)."""
-
-    def step(params: Any, state: Any, x: Array, dy: Array) -> Any:
-        y, pullback, state = jax.vjp(
-            lambda params, x: apply(params, state, x, True), params, x, has_aux=True
-        )
-        return y, state, *pullback(dy.astype(y.dtype))
-
-    return step
-
-
-def in_order(params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, bias), by name where they have one."""
-    leaves = [
-        (jax.tree_util.keystr(path), leaf.reshape(-1))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    (first, a), (_, b) = leaves
-    swapped = "bias" in first or "offset" in first
-    return (wide(b), wide(a)) if swapped else (wide(a), wide(b))
-
-
 def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
     """torch.nn.BatchNorm1d or 2d, channels last in memory."""
     torch: Any = importlib.import_module("torch")
@@ -268,11 +170,6 @@ def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Lay
         return Outcome(restored(y), dx, dscale, dbias, mean, var * (count - 1) / count)
 
     return Layer(step, infer, outcome)
-
-
-def wide(a: Array) -> np.ndarray:
-    """As float64."""
-    return np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a).astype(np.float64)
 
 
 OURS = "bn_jax"

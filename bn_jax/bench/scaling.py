@@ -31,7 +31,8 @@ from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
 from bn_jax.bench import peers
-from bn_jax.bench.peers import OURS, Functional
+from bn_jax.bench.contender import Functional
+from bn_jax.bench.peers import OURS
 from bn_jax.bench.report import Bar, Report
 
 DEVICES = (8, 256, 4096)

@@ -85,12 +85,10 @@ def run_arms(
             progress.start_task(tasks[arm])
 
             def show(evaluation: Evaluation, task: Any = tasks[arm]) -> None:
-                progress.update(
-                    task,
-                    completed=evaluation.step,
-                    loss=f"{evaluation.train_loss:.4f}",
-                    accuracy=f"{evaluation.test_accuracy:.4f}",
-                )
+                seen = {"accuracy": f"{evaluation.test_accuracy:.4f}"}
+                if evaluation.step:  # before the first there is no loss
+                    seen["loss"] = f"{evaluation.train_loss:.4f}"
+                progress.update(task, completed=evaluation.step, **seen)
 
             arms[arm] = run_arm(config, arm, data, folder, show)
     return arms

@@ -208,8 +208,11 @@ def test_an_arm_does_not_depend_on_the_other(tmp_path):
 
 
 def test_no_steps(tmp_path):
-    """Each arm is evaluated and saved as it starts."""
-    folder = run(tmp_path / "run", steps=0)
+    """Each arm is evaluated and saved as it starts; there is no loss yet, and none is shown."""
+    screen = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    folder = run_experiment(TrainConfig(run_dir=tmp_path / "run", **TINY | {"steps": 0}), screen)
+    assert "loss" in screen.file.getvalue()
+    assert "nan" not in screen.file.getvalue()
     assert [(line["arm"], line["step"]) for line in records(folder.path)] == [
         ("batch", 0),
         ("none", 0),
