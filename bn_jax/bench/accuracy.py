@@ -23,8 +23,8 @@ Three of them, as they stand, can be met by nothing that computes in float32:
 
 Run it with: bn-jax bench --suite accuracy
 
-Last result, 2026-11-24, jax 0.10.2 on a CPU: ours keeps all bars; the worst errors at any R up to
-1e5 are 2e-7 (variance), 7e-7 (y), 2.3e-7 (dx). At R = 100, y is off by 0.6 in flax as it comes and
+Last result, 2026-11-26, jax 0.10.2 on a CPU: ours keeps all bars; the worst errors at any R up to
+1e5 are 2e-7 (variance), 8e-7 (y), 2e-7 (dx). At R = 100, y is off by 0.6 in flax as it comes and
 haiku, 3e-4 in flax with use_fast_variance=False and equinox, 6e-5 in keras, 1e-3 in torch.
 """
 
