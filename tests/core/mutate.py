@@ -173,7 +173,7 @@ MUTATIONS = [
         "together.py",
         "if careless and len(axes) > 1:",
         "if False:",
-        "accuracy",
+        "together",
     ),
     Mutation(
         "variance without the square of the mean's residual",
