@@ -9,6 +9,7 @@ statistics are taken over all the others.
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import jax
 import jax.core
@@ -19,6 +20,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 Axes = tuple[int, ...]
+Size = Any
+"""How many: an int, or under jax.export one of its symbolic sizes."""
 
 
 def feature_axes(x: Array, feature_axis: int | Sequence[int]) -> Axes:
@@ -48,7 +51,7 @@ def batch_axes(x: Array, axes: Axes) -> Axes:
     return tuple(axis for axis in range(x.ndim) if axis not in axes)
 
 
-def feature_shape(x: Array, axes: Axes) -> tuple[int, ...]:
+def feature_shape(x: Array, axes: Axes) -> tuple[Size, ...]:
     """The shape of one value per feature, in the order of x's own axes."""
     return tuple(x.shape[axis] for axis in axes)
 
@@ -58,13 +61,13 @@ def feature_spec(x: Array, axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(jax.typeof(x).sharding.spec[axis] for axis in axes))
 
 
-def for_each_feature(number: int, x: Array, axes: Axes, dtype: DTypeLike) -> Array:
+def for_each_feature(number: Size, x: Array, axes: Axes, dtype: DTypeLike) -> Array:
     """One number for each feature, spread over an explicit mesh as x is."""
     sharding = jax.typeof(x).sharding.update(spec=feature_spec(x, axes))
     return lax.full(feature_shape(x, axes), number, dtype, sharding=sharding)
 
 
-def batch_size(x: Array, axes: Axes) -> int:
+def batch_size(x: Array, axes: Axes) -> Size:
     """How many values of x each feature has."""
     return math.prod(x.shape[axis] for axis in batch_axes(x, axes))
 

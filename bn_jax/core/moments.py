@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
-from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread_where
+from bn_jax.core.axes import Axes, Size, collapse, feature_axes, feature_shape, spread_where
 from bn_jax.core.origin import origin_of, shared_origin
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
 from bn_jax.core.sums import Sums, add_up, count_or_all, divisor, for_each, inner, share, square
@@ -156,23 +156,27 @@ def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple
 
 
 def moments_of(sums: Sums, x: Array, axes: Axes) -> Moments:
-    """The moments of x, by its sums."""
+    """The moments of x, or of x and what was added to its sums."""
     count = count_or_all(sums.count, x, axes)
     return Moments(*mean_and_var(sums, count), for_each(count, x, axes))
 
 
-def mean_and_var(sums: Sums, count: Array | int) -> tuple[Array, Array]:
+def mean_and_var(sums: Sums, count: Array | Size) -> tuple[Array, Array]:
     """E d and E|d|² - |E d|², of data whose mean is near zero: so it cancels nothing."""
     mean = share(sums.total, count)
     var = share(sums.square, count) - square(mean)
-    # Not by maximum, which at 0, of a constant feature, would pass on half of a derivative.
+    # Not by maximum, which at 0, of a constant feature, would pass on half of a derivative: the
+    # first of `measure`, the second of `batch_norm`.
     return mean, lax.select(var < 0, jnp.zeros_like(var), var)
 
 
 def push_mean_and_var(
-    mean: Array, var: Array, count: Array | int, sums_dot: Sums
+    mean: Array, var: Array, count: Array | Size, sums_dot: Sums
 ) -> tuple[Array, Array]:
-    """Their tangents, from those of the sums; that of the count may be None for zero."""
+    """Their tangents, from those of the sums; that of the count may be None for zero.
+
+    Also where rounding made a variance negative, and zero was taken instead.
+    """
     mean_dot, var_dot, count_dot = sums_dot
     if count_dot is not None:
         mean_dot = mean_dot - mean * count_dot.astype(mean.dtype)

@@ -60,11 +60,12 @@ def mean_of_part(x: Array, *, axes: Axes, within: Sequence[int]) -> Array:
     """Per feature the mean of a part of x.
 
     A sixteenth along the first of some axes that has an extent, but no fewer than 128 values: so
-    many bring the origin within a tenth of a standard deviation.
+    many bring the origin within a tenth of a standard deviation. Of a symbolic size, all.
     """
-    parts = min(16, batch_size(x, axes) // 128)
-    axis = next((axis for axis in within if x.shape[axis] > 1), None)
-    if axis is not None and parts > 1:
+    size = batch_size(x, axes)
+    parts = min(16, size // 128) if isinstance(size, int) else 1
+    axes_to_cut = [axis for axis in within if parts > 1 and x.shape[axis] > 1]
+    for axis in axes_to_cut[:1]:
         x = lax.slice_in_dim(x, 0, -(-x.shape[axis] // parts), axis=axis)
     total = add_over(x.astype(statistics_dtype(x.dtype)), batch_axes(x, axes))
     return share(total, batch_size(x, axes))

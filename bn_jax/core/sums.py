@@ -9,10 +9,11 @@ over the members of a named axis.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact
 
-from bn_jax.core.axes import Axes, batch_axes, batch_size, for_each_feature, spread
+from bn_jax.core.axes import Axes, Size, batch_axes, batch_size, for_each_feature, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.together import add_over, add_together
 
@@ -73,22 +74,27 @@ def weigh(kept: Array, weights: Array | None) -> Array:
     return weights.astype(kept.dtype) * kept
 
 
-def count_of(x: Array, axes: Axes, weights: Array | None) -> Array | int:
+def count_of(x: Array, axes: Axes, weights: Array | None) -> Array | Size:
     """The number of values, or per feature the sum of their weights."""
     if weights is None:
         return batch_size(x, axes)
     return add_over(weights.astype(real_dtype(statistics_dtype(x.dtype))), batch_axes(x, axes))
 
 
-def count_or_all(count: Array | None, x: Array, axes: Axes) -> Array | int:
-    """A count, or that of all of x, which is known before anything is computed."""
+def count_or_all(count: Array | None, x: Array, axes: Axes) -> Array | Size:
+    """A count of sums of x, or of all of x where there is none."""
     return batch_size(x, axes) if count is None else count
 
 
-def for_each(count: Array | int, x: Array, axes: Axes) -> Array:
+def for_each(count: Array | Size, x: Array, axes: Axes) -> Array:
     """A count per feature, also of a number."""
     real = real_dtype(statistics_dtype(x.dtype))
-    return for_each_feature(count, x, axes, real) if isinstance(count, int) else count
+    return for_each_feature(count, x, axes, real) if is_known(count) else count
+
+
+def is_known(count: Array | Size) -> bool:
+    """Whether a count is one number, before anything is computed."""
+    return not isinstance(count, Array | np.ndarray | np.generic)
 
 
 def counts(weights: Array) -> Array:
@@ -96,7 +102,7 @@ def counts(weights: Array) -> Array:
     return weights if weights.dtype == bool else weights > 0
 
 
-def share(part: Array, whole: Array | int) -> Array:
+def share(part: Array, whole: Array | Size) -> Array:
     """Part / whole, correctly rounded, and 0 of nothing without a NaN on the way.
 
     Of one divisor for many values XLA would make a multiplication by its rounded reciprocal, and
@@ -106,9 +112,9 @@ def share(part: Array, whole: Array | int) -> Array:
     return part / lax.select(part != part, lax.stop_gradient(part), divisor(part, whole))
 
 
-def divisor(part: Array, whole: Array | int) -> Array:
+def divisor(part: Array, whole: Array | Size) -> Array:
     """Whole in the dtype of part, and 1 of nothing."""
-    if isinstance(whole, int):
+    if is_known(whole):
         return lax.full_like(part, max(whole, 1))
     return lax.select(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
 

@@ -63,7 +63,8 @@ def add_over(values: Array, axes: Axes) -> Array:
     It adds up several axes one number after the other, which loses digits: always before jaxlib
     0.10, and of small arrays since. The barrier keeps XLA from making one sum of the two.
     """
-    careless = values.size < 2**13 or jax.__version_info__ < (0, 10)
+    size = values.size if isinstance(values.size, int) else 0  # of a symbolic one: any
+    careless = size < 2**13 or jax.__version_info__ < (0, 10)
     if careless and len(axes) > 1:
         values, axes = lax.optimization_barrier(jnp.sum(values, axes[1:])), axes[:1]
     return jnp.sum(values, axes)

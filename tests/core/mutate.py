@@ -234,7 +234,7 @@ MUTATIONS = [
     Mutation(
         "a part may be of a few values",
         "origin.py",
-        "min(16, batch_size(x, axes) // 128)",
+        "min(16, size // 128)",
         "16",
         "origin",
     ),
@@ -288,11 +288,25 @@ MUTATIONS = [
         "traffic",
     ),
     Mutation(
-        "the derivative of the mean's residual is lost",
+        "the derivative of the variance is that of the mean of squares",
         "moments.py",
         "- 2 * inner(mean, mean_dot)",
         "- 0 * inner(mean, mean_dot)",
         "gradients",
+    ),
+    Mutation(
+        "the derivative of the mean forgets that weights count",
+        "moments.py",
+        "mean_dot = mean_dot - mean * count_dot.astype(mean.dtype)",
+        "pass",
+        "gradients",
+    ),
+    Mutation(
+        "a symbolic size is taken for an array",
+        "sums.py",
+        "return not isinstance(count, Array | np.ndarray | np.generic)",
+        "return isinstance(count, int)",
+        "transforms",
     ),
     Mutation(
         "the derivative of the variance forgets that weights count",
@@ -458,7 +472,7 @@ MUTATIONS = [
         "accuracy",
     ),
     Mutation(
-        "a constant feature passes half of a derivative on",
+        "a constant feature passes half of a higher derivative on",
         "moments.py",
         "lax.select(var < 0, jnp.zeros_like(var), var)",
         "jnp.maximum(var, jnp.zeros_like(var))",

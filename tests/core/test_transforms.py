@@ -203,6 +203,32 @@ def export_for_all_platforms(case):
 
 
 @transform
+def export_for_any_batch_size(case):
+    """Also of the gradients; ghost groups need to know how many examples there are."""
+    x, params, state, where = case.given()
+    (size,) = export.symbolic_shape("b")
+
+    def symbolic(array):
+        return jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype)
+
+    def step(x, where):
+        def loss(x, params):
+            y, new = case.apply(x, params, state, where)
+            return jnp.sum(jnp.sin(y.real.astype(jnp.float32))), (y, new)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, params)
+
+    described = jax.tree.map(symbolic, (x, where))
+    if case is CASES["ghost"]:
+        with pytest.raises(Exception, match="inconclusive"):
+            export.export(jax.jit(step))(*described)
+        return
+    gradients, out = export.export(jax.jit(step))(*described).call(x, where)
+    assert_same(out, case.expected, case.slack)
+    assert_same(gradients, jax.jit(step)(x, where)[0], 4 * case.slack)
+
+
+@transform
 def compile_time_evaluation(case):
     """Of known values, a traced function may know the result."""
     given = case.given()
