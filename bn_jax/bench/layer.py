@@ -13,8 +13,9 @@ with use_fast_variance=False 1.99, haiku 1.62, equinox 3.51, torch 1.07. At 64×
 33 ms, 1.02 times the floor; inference takes 1.02 copies. In bfloat16 flax takes 2.74 times as long.
 At 60×100 flax takes 0.88 of our 101 µs. A second run, when an origin could still be made of fewer
 than 128 values: 1.45 (1.13 at the least), 1.95, 1.50, 3.25, 1.01; floor 0.96, inference 0.93,
-bfloat16 2.78. Before both sums came from one reading of x: 1.15, 1.44, 1.18, 2.49, 0.76; floor
-1.16, bfloat16 1.60, the same day.
+bfloat16 2.78. A third, since y is made from sums: 1.65 (1.31 at the least), 2.02, 1.57, 3.29,
+0.996; floor 1.03, inference 0.79, bfloat16 2.29. Before both sums came from one reading of x: 1.15,
+1.44, 1.18, 2.49, 0.76; floor 1.16, bfloat16 1.60, the same day.
 
 What was tried. Of the forward sums at 64×56×56×64, where one plain sum takes 3.4 ms: two reductions
 of x - origin 12.6 ms; a reduction of both over all of the leading axes 3 to 20 times that; of both

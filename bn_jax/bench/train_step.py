@@ -10,9 +10,10 @@ flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks
 Last result, 2026-11-26, 2 cores of an AMD EPYC (on a day when it was half as fast as at its best),
 jax 0.10.2, flax 0.12.8, optax 0.2.8, torch 2.13.0, three runs of 15 turns: flax's loop takes 1.52,
 1.44 and 1.34 times as long as ours (quartiles 1.43 to 1.63, 1.25 to 1.52, 1.23 to 1.43), torch's
-4.2, 3.3 and 4.0 times; ours takes 593, 671 and 681 µs per step. Before a layer's sums came in
-pairs: 1.23 and 1.27 the same day, and 1.23 to 1.34 in eight runs on a faster one, where ours took
-384 µs at best, of which 280 are matrix products, at the speed of the cores.
+4.2, 3.3 and 4.0 times; ours takes 593, 671 and 681 µs per step. A fourth, since y is made from
+sums: 1.40 (1.33 to 1.64), 3.4; 541 µs. Before a layer's sums came in pairs: 1.23 and 1.27 the same
+day, and 1.23 to 1.34 in eight runs on a faster one, where ours took 384 µs at best, of which 280
+are matrix products, at the speed of the cores.
 """
 
 import functools
