@@ -26,6 +26,8 @@ from bn_jax.train.step import accuracy, init_state
 from bn_jax.train.summary import summarize
 from bn_jax.train.witness import remains
 
+NO_LOSS = "  –   "  # as wide as one
+
 
 class Interrupted(Exception):
     """The user stopped the run; the message says what is kept."""
@@ -79,16 +81,19 @@ def run_arms(
     """Train the arms in order, each under a live bar."""
     arms: dict[Arm, list[Evaluation]] = {}
     with progress_bars(console) as progress:
-        waiting = {"total": config.steps, "loss": "  –   ", "accuracy": "  –  "}
+        waiting = {"total": config.steps, "loss": NO_LOSS, "accuracy": "  –  "}
         tasks = {a: progress.add_task(TITLES[a], start=False, **waiting) for a in config.arms}
         for arm in config.arms:
             progress.start_task(tasks[arm])
 
             def show(evaluation: Evaluation, task: Any = tasks[arm]) -> None:
-                seen = {"accuracy": f"{evaluation.test_accuracy:.4f}"}
-                if evaluation.step:  # before the first there is no loss
-                    seen["loss"] = f"{evaluation.train_loss:.4f}"
-                progress.update(task, completed=evaluation.step, **seen)
+                progress.update(
+                    task,
+                    completed=evaluation.step,
+                    # Before the first step there is no loss.
+                    loss=f"{evaluation.train_loss:.4f}" if evaluation.step else NO_LOSS,
+                    accuracy=f"{evaluation.test_accuracy:.4f}",
+                )
 
             arms[arm] = run_arm(config, arm, data, folder, show)
     return arms
