@@ -104,7 +104,7 @@ def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], 
         width = hidden
     model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
-    images = torch.from_numpy(np.array(data.train_images))
+    images = torch.from_numpy(np.array(data.train_images))  # a copy: torch wants to write
     labels = torch.from_numpy(data.train_labels.astype(np.int64))
 
     def run() -> None:

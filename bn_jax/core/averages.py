@@ -101,7 +101,7 @@ class DebiasedEma:
         if self.decay == 0:
             return 0.0
         # 1 - decayᵗ = 2h/(1 + h) with h = tanh(-t/2 log decay): 1 - 0.9999ᵗ in float32 would lose
-        # most of its digits, and expm1, which does not, takes XLA three times as long to compile.
+        # most of its digits, and expm1, which does not, takes XLA longer to compile (bench).
         h = jnp.tanh(-math.log(self.decay) / 2 * as_float(count))
         past = 2 * self.decay * h
         return past / (past + (1 - self.decay) * (1 + h))

@@ -111,9 +111,9 @@ def batch_norm(
             members, so that it does not depend on group_size. Not used at inference.
 
     Returns:
-        (y, state): y of x's shape and dtype; β or NaN where squares overflow (in float32 beyond
-        10¹⁹). A feature's state stays as it was where the batch is empty or fully masked, or its
-        moments are not finite.
+        (y, state): y of x's shape and dtype; β or NaN where the sum of squares overflows (m values
+        in float32 from about 10¹⁹/√m on). A feature's state stays as it was where the batch is
+        empty or fully masked, or its moments are not finite.
 
     Raises:
         TypeError: x is not inexact, train is traced or no bool, where is neither bool nor float,

@@ -64,8 +64,9 @@ def mean_of_part(x: Array, *, axes: Axes, within: Sequence[int]) -> Array:
     """
     size = batch_size(x, axes)
     parts = min(16, size // 128) if isinstance(size, int) else 1
-    axes_to_cut = [axis for axis in within if parts > 1 and x.shape[axis] > 1]
-    for axis in axes_to_cut[:1]:
+    cuttable = [axis for axis in within if x.shape[axis] > 1] if parts > 1 else []
+    if cuttable:
+        axis = cuttable[0]
         x = lax.slice_in_dim(x, 0, -(-x.shape[axis] // parts), axis=axis)
     total = add_over(x.astype(statistics_dtype(x.dtype)), batch_axes(x, axes))
     return share(total, batch_size(x, axes))

@@ -82,7 +82,10 @@ def count_of(x: Array, axes: Axes, weights: Array | None) -> Array | Size:
 
 
 def count_or_all(count: Array | None, x: Array, axes: Axes) -> Array | Size:
-    """A count of sums of x, or of all of x where there is none."""
+    """A count of sums of x, or of all of x where there is none.
+
+    That is known; but in `Sums`, which pass through rules of JAX, it would be traced like the rest.
+    """
     return batch_size(x, axes) if count is None else count
 
 

@@ -84,6 +84,14 @@ def test_a_bad_channel_waits_while_the_others_advance(bad, average):
     assert np.isfinite(y[:, others]).all()
 
 
+@pytest.mark.parametrize("run", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("size", [1e20, 1e25, 1e30])
+def test_where_squares_overflow_y_is_bias_or_nan(size, run):
+    """Never a number that could pass for a result."""
+    y = run(lambda x: bn.batch_norm(x, PARAMS, STATE, train=True)[0])(X * np.float32(size))
+    assert (np.isnan(y) | (np.asarray(y) == np.asarray(PARAMS.bias))).all()
+
+
 def test_a_broken_running_variance_is_seen():
     """It does not pass for a channel without spread, whose y is β."""
     broken = STATE._replace(var=STATE.var.at[1].set(np.nan))
