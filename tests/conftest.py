@@ -1,5 +1,8 @@
 """An unforgiving JAX: eight CPU devices, no silent promotion, no silent broadcasting.
 
+With JAX_PLATFORMS=cuda,cpu the tests of core and layers run on a GPU; those that need several
+devices skip.
+
 Warnings are errors too (see ``pyproject.toml``). What passes here passes in a user's strict
 configuration. A test of code that is not ours and not strict-clean (optax's schedules, for one)
 asks for the ``lenient`` fixture.
@@ -22,6 +25,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# On a GPU, JAX multiplies matrices with 10 bits of precision unless it is told otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture

@@ -16,17 +16,19 @@ from bn_jax.bench.oracle import Outcome
 
 
 class Layer(NamedTuple):
-    """A layer with its batch at hand; each call blocks until its work is done.
+    """A layer with its batch at hand.
 
     Attributes:
         step: forward in training mode and backward: y, the new state, all gradients.
         infer: forward by the running statistics.
+        wait: for what step or infer has returned, and on a GPU for all that was begun before.
         outcome: of a step, in float64; mean and var are those the layer remembers, which at decay 0
             are the batch's own.
     """
 
     step: Callable[[], object]
     infer: Callable[[], object]
+    wait: Callable[[Any], object]
     outcome: Callable[[], Outcome]
 
 
@@ -62,14 +64,14 @@ def functional_layer(make: Make, *, channels_first: bool = False) -> Build:
 
     def build(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
         layer, axis, count = make(x.shape, decay), -1, x.size // x.shape[-1]
-        if channels_first:
-            x, dy, axis = np.moveaxis(x, -1, 1), np.moveaxis(dy, -1, 1), 1
         batch, gradient = (jnp.asarray(a, jnp.float32).astype(dtype) for a in (x, dy))
+        if channels_first:
+            batch, gradient, axis = jnp.moveaxis(batch, -1, 1), jnp.moveaxis(gradient, -1, 1), 1
         step = jax.jit(training_step(layer.apply))
         infer = jax.jit(lambda params, state, x: layer.apply(params, state, x, False)[0])
 
         def run_step() -> Any:
-            return jax.block_until_ready(step(layer.params, layer.state, batch, gradient))
+            return step(layer.params, layer.state, batch, gradient)
 
         def outcome() -> Outcome:
             y, state, grads, dx = run_step()
@@ -81,7 +83,8 @@ def functional_layer(make: Make, *, channels_first: bool = False) -> Build:
 
         return Layer(
             run_step,
-            lambda: jax.block_until_ready(infer(layer.params, layer.state, batch)),
+            lambda: infer(layer.params, layer.state, batch),
+            jax.block_until_ready,
             outcome,
         )
 

@@ -132,19 +132,21 @@ def keras(shape: Shape, decay: float) -> Functional:
 
 
 def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
-    """torch.nn.BatchNorm1d or 2d, channels last in memory."""
+    """torch.nn.BatchNorm1d or 2d, channels last in memory, on JAX's kind of device."""
     torch: Any = importlib.import_module("torch")
+    device = torch_device()
     images = x.ndim == 4
     kind = torch.nn.BatchNorm2d if images else torch.nn.BatchNorm1d
-    layer = kind(x.shape[-1], momentum=1 - decay)
+    layer = kind(x.shape[-1], momentum=1 - decay).to(device)
 
     def prepared(a: np.ndarray) -> Any:
-        tensor = torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(getattr(torch, dtype))
+        tensor = torch.from_numpy(np.ascontiguousarray(a, np.float32))
+        tensor = tensor.to(device, getattr(torch, dtype))
         return tensor.permute(0, 3, 1, 2) if images else tensor  # the memory stays as it is
 
     def restored(tensor: Any) -> np.ndarray:
         tensor = tensor.detach().permute(0, 2, 3, 1) if images else tensor.detach()
-        return tensor.double().numpy()
+        return tensor.double().cpu().numpy()
 
     batch, gradient = prepared(x).requires_grad_(), prepared(dy)
 
@@ -164,12 +166,18 @@ def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Lay
 
     def outcome() -> Outcome:
         y, count = step(), x.size // x.shape[-1]
-        dscale, dbias = (p.grad.double().numpy() for p in (layer.weight, layer.bias))
-        mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+        dscale, dbias = (p.grad.double().cpu().numpy() for p in (layer.weight, layer.bias))
+        mean, var = (a.double().cpu().numpy() for a in (layer.running_mean, layer.running_var))
         dx = restored(batch.grad)
         return Outcome(restored(y), dx, dscale, dbias, mean, var * (count - 1) / count)
 
-    return Layer(step, infer, outcome)
+    return Layer(step, infer, lambda _: device == "cpu" or torch.cuda.synchronize(), outcome)
+
+
+def torch_device() -> str:
+    """Where torch is to compute: on a GPU if JAX does and torch can."""
+    torch: Any = importlib.import_module("torch")
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 OURS = "bn_jax"

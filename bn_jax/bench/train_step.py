@@ -30,6 +30,7 @@ import optax
 from rich.table import Table
 
 from bn_jax.bench.interleave import Timing, interleave
+from bn_jax.bench.peers import torch_device
 from bn_jax.bench.report import Bar, Report
 from bn_jax.data import Dataset, load
 from bn_jax.train.build import build_model, build_optimizer
@@ -102,19 +103,22 @@ def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], 
         linear = torch.nn.Linear(width, hidden, bias=False)
         layers += [linear, torch.nn.BatchNorm1d(hidden, momentum=0.01), torch.nn.Sigmoid()]
         width = hidden
-    model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10))
+    device = torch_device()
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
-    images = torch.from_numpy(np.array(data.train_images))  # a copy: torch wants to write
-    labels = torch.from_numpy(data.train_labels.astype(np.int64))
+    images = torch.from_numpy(np.array(data.train_images)).to(device)  # a copy: torch writes
+    labels = torch.from_numpy(data.train_labels.astype(np.int64)).to(device)
 
     def run() -> None:
-        order = torch.randperm(len(images))
+        order = torch.randperm(len(images), device=device)
         for start in range(0, steps * config.batch_size, config.batch_size):
             rows = order[start : start + config.batch_size]
             optimizer.zero_grad()
             inputs = (images[rows] > 127).to(torch.float32)
             torch.nn.functional.cross_entropy(model(inputs), labels[rows]).backward()
             optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return run
 

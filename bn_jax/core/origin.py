@@ -17,6 +17,7 @@ from jax.interpreters import batching, mlir
 from bn_jax.core.axes import Axes, batch_axes, batch_size
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.replicas import Replicas, sum_over
+from bn_jax.core.stored import computed_once
 from bn_jax.core.sums import center, count_of, for_each, keep, share, weigh
 from bn_jax.core.together import add_over, batched, inner_axes, local_axes, per_feature
 
@@ -46,14 +47,14 @@ def origin_of(
         if weights.dtype != bool:
             origin = origin + mean(center(x, origin, axes))
     if replicas is None:
-        return origin
+        return computed_once(origin)
     return shared_origin(origin, for_each(count, x, axes), lambda parts: sum_over(parts, replicas))
 
 
 def shared_origin(origin: Array, count: Array, add: Callable[[Any], Any]) -> Array:
     """The mean of all sets' origins, each weighed by its count: near the mean of all values."""
     origin, count = lax.stop_gradient((origin, count))
-    return share(*add((count.astype(origin.dtype) * origin, count)))
+    return computed_once(share(*add((count.astype(origin.dtype) * origin, count))))
 
 
 def mean_of_part(x: Array, *, axes: Axes, within: Sequence[int]) -> Array:

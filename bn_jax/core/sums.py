@@ -15,6 +15,7 @@ from jaxtyping import Float, Inexact
 
 from bn_jax.core.axes import Axes, Size, batch_axes, batch_size, for_each_feature, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
+from bn_jax.core.quotient import quotient
 from bn_jax.core.together import add_over, add_together
 
 
@@ -106,13 +107,8 @@ def counts(weights: Array) -> Array:
 
 
 def share(part: Array, whole: Array | Size) -> Array:
-    """Part / whole, correctly rounded, and 0 of nothing without a NaN on the way.
-
-    Of one divisor for many values XLA would make a multiplication by its rounded reciprocal, and
-    fuse that into the subtractions that use the quotient, each in its own way: two means, a bit
-    apart, of one batch. A divisor that is part where part is NaN says the same and is not one.
-    """
-    return part / lax.select(part != part, lax.stop_gradient(part), divisor(part, whole))
+    """Part / whole, correctly rounded, and 0 of nothing without a NaN on the way."""
+    return quotient(part, divisor(part, whole))
 
 
 def divisor(part: Array, whole: Array | Size) -> Array:

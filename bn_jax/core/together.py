@@ -164,7 +164,7 @@ def instantiate(tangent):
 def batched(primitive):
     """With an axis more in front, which is one more feature axis."""
 
-    def rule(values, dims, *, axes):
+    def rule(values, dims, **options):
         like, at = next(pair for pair in zip(values, dims, strict=True) if pair[1] is not None)
 
         def in_front(value, dim):
@@ -176,7 +176,9 @@ def batched(primitive):
             return jnp.broadcast_to(value, shape, out_sharding=sharding.update(spec=spec))
 
         values = map(in_front, values, dims)
-        results = primitive.bind(*values, axes=(0, *(axis + 1 for axis in axes)))
+        if "axes" in options:
+            options["axes"] = (0, *(axis + 1 for axis in options["axes"]))
+        results = primitive.bind(*values, **options)
         return results, [0] * len(results) if primitive.multiple_results else 0
 
     return rule

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+import bn_jax
 from bn_jax.data import Dataset, load
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
@@ -153,8 +154,10 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
 
 def versions() -> dict[str, str]:
     """The versions and hardware that a result belongs to."""
-    packages = ("bn-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {name: version(name) for name in packages} | {
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {
+        "bn-jax": bn_jax.__version__,
+        **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "device": machine(),
     }

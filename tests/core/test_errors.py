@@ -16,6 +16,7 @@ import pytest
 
 import bn_jax as bn
 from bn_jax.core.batch_norm import check_train
+from tests.devices import make_mesh
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
 Z = jax.lax.complex(X, X)
@@ -325,7 +326,7 @@ def test_traced_values_are_taken_as_they_are():
 
 def test_forgetting_axis_name_under_shard_map_is_caught_by_jax():
     """As the docstring of `batch_norm` says: the state of one shard is not that of all."""
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, all_of_it = jax.sharding.PartitionSpec("i"), jax.sharding.PartitionSpec()
     x = jnp.tile(X, (2, 1))
     forgetful = jax.shard_map(train, mesh=mesh, in_specs=rows, out_specs=(rows, all_of_it))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import bn_jax as bn
 from bn_jax.bench.scaling import collectives
 from tests.core.draws import batches, few
+from tests.devices import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -154,7 +155,7 @@ def communication(function, *args):
 
 
 def spread(kind, shape=(64, 3, 3, 3)):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    mesh = make_mesh((8,), ("d",), axis_types=(kind,))
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return mesh, jax.device_put(x, NamedSharding(mesh, P("d")))
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import bn_jax as bn
 from bn_jax.bench import oracle
 from bn_jax.bench.accuracy import errors, nominal_bars, normal
+from tests.devices import make_mesh, pmap
 
 ROWS, SHARDS, OFFSET = 128, 8, 1e4
 GROUP = ROWS // SHARDS
@@ -52,7 +53,7 @@ def pulled_back(forward, x, where, dy):
 
 def jitted(devices, group_size):
     """A batch sharded over devices, under plain jit: there is nothing to name."""
-    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
     forward = functools.partial(remember_all, group_size=group_size)
     step = jax.jit(functools.partial(pulled_back, forward))
     return lambda *args: step(*jax.device_put(args, NamedSharding(mesh, P("d"))))
@@ -66,7 +67,7 @@ def member(group_size, *args):
 
 
 def shard_mapped(devices, group_size):
-    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
 
     def step(x, where, dy):
         forward = functools.partial(remember_all, group_size=group_size, axis_name="d")
@@ -97,7 +98,7 @@ def mapped(transform, devices, group_size):
 LAYOUTS = {
     "jit": jitted,
     "shard_map": shard_mapped,
-    "pmap": functools.partial(mapped, jax.pmap),
+    "pmap": functools.partial(mapped, pmap),
     "vmap": functools.partial(mapped, lambda f, **kw: jax.jit(jax.vmap(f, **kw))),
 }
 PADDINGS = [

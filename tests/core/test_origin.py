@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import bn_jax as bn
 from bn_jax.bench import oracle
 from bn_jax.core.origin import mean_of_part, part_p
+from tests.devices import make_mesh
 
 
 def size(x, axes, run=jax.jit):
@@ -67,12 +68,12 @@ def test_a_part_that_is_all_outliers_costs_four_bits_at_most(rows, shape, far=1e
 
 def test_axes_that_are_spread_over_devices_are_not_cut():
     rows = PartitionSpec(None, "rows")
-    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x = jax.device_put(first((16, 32, 32, 2), (3,)), NamedSharding(mesh, rows))
         for run in (jax.jit, lambda f: f):
             assert size(x, (3,), run) == 16 * 32 * 2
-    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
     x = jax.device_put(first((4096, 2), (1,)), NamedSharding(mesh, PartitionSpec("rows")))
     assert size(x, (1,)) == 4096
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
+from tests.devices import pmap
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -60,7 +61,7 @@ def test_what_pmap_returns():
     def replica(x):
         return bn.batch_norm(x, *bn.init(2), train=True, unbiased=False)[1]
 
-    pooled = jax.jit(bn.pool_states)(jax.pmap(replica)(BATCHES[:, 0]))
+    pooled = jax.jit(bn.pool_states)(pmap(replica)(BATCHES[:, 0]))
     whole = bn.measure(BATCHES[:, 0].reshape(-1, 2))
     close(pooled.mean, whole.mean)
     close(pooled.var, whole.var)

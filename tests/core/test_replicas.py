@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import bn_jax as bn
 from bn_jax.bench.scaling import collectives
+from tests.devices import make_mesh, pmap
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -54,7 +55,7 @@ def by_map(transform, groups, x, dy):
 
 
 def by_shard_map(check, groups, x, dy):
-    mesh = jax.make_mesh((MEMBERS,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((MEMBERS,), ("d",), axis_types=(AxisType.Auto,))
 
     def member(x, dy):
         y, dx, state = step(groups, x, dy)
@@ -67,7 +68,7 @@ def by_shard_map(check, groups, x, dy):
 EVERYWHERE = {
     "vmap": partial(by_map, jax.vmap),
     "vmap of jit": partial(by_map, lambda f, **kw: jax.vmap(jax.jit(f), **kw)),
-    "pmap": partial(by_map, jax.pmap),
+    "pmap": partial(by_map, pmap),
     "shard_map": partial(by_shard_map, True),
     "shard_map without checks": partial(by_shard_map, False),
 }
@@ -128,7 +129,7 @@ def test_a_group_of_one_value():
 
 def in_shard_map(names, check):
     """Two members, by vmap, on each of four devices."""
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     inner = jax.vmap(lambda x: train(x, axis_name=names)[0], axis_name="m")
     mapped = jax.shard_map(inner, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check)
     return np.asarray(jax.jit(mapped)(split(X))).reshape(X.shape)
@@ -161,7 +162,7 @@ def test_vmap_inside_of_shard_map_with_checks(names):
 @pytest.mark.parametrize("groups", [None, GROUPS["pairs"]], ids=["whole", "groups"])
 def test_two_collectives_forward_and_one_backward(groups, masked):
     """Per layer, of numbers per feature; a network's, where the gradient depends on y."""
-    mesh = jax.make_mesh((MEMBERS,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((MEMBERS,), ("d",), axis_types=(AxisType.Auto,))
     where = np.ones(ROWS, bool) if masked else None
 
     def forward(x, where):

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import bn_jax as bn
 from bn_jax.core.stored import stored
 from bn_jax.core.together import add_over, add_together, spread_together
+from tests.devices import make_mesh
 
 # Shapes and feature axes: cut in blocks along one axis or another, or along none.
 CASES = [
@@ -137,7 +138,7 @@ def test_an_axis_is_cut_on_the_cpu_alone(shape, axes, axis):
 
 
 def test_a_batch_that_may_be_spread_over_devices_is_not_cut():
-    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     rows = PartitionSpec("rows")
     x = jax.device_put(np.ones((128, 3), np.float32), NamedSharding(mesh, rows))
 
@@ -152,7 +153,7 @@ def test_a_batch_that_may_be_spread_over_devices_is_not_cut():
 
 
 def test_an_axis_that_is_spread_explicitly_is_not_cut():
-    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec(None, "rows"))
         x = jax.device_put(np.ones((4, 16, 8, 2), np.float32), sharding)
@@ -163,7 +164,7 @@ def test_an_axis_that_is_spread_explicitly_is_not_cut():
 
 def test_an_auto_mesh_moves_no_more_than_sums(shape=(8, 28, 32, 4)):
     """An inner axis may be spread, and types do not say so: no sum gathers x."""
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     x = jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, PartitionSpec(None, "d")))
     params, state = bn.init(4)
     loss = lambda x: jnp.sum(bn.batch_norm(x, params, state, train=True)[0] ** 3)  # noqa: E731
@@ -204,7 +205,7 @@ def test_explicit_meshes_change_no_gradient(kind, spec, run, shape=(8, 8, 4, 4))
     params, state = bn.init(4)
     step = functools.partial(training_gradients, **options)
     expected = jax.device_get(jax.jit(step)(x, params, state))
-    mesh = jax.make_mesh((2, 2), ("d", "f"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = make_mesh((2, 2), ("d", "f"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         spread = jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(*spec)))
         run_step = jax.jit(step) if run == "jit" else step
@@ -219,7 +220,7 @@ def test_members_on_an_explicit_mesh_may_share_a_mask(shape=(4, 8, 8, 3)):
     where = np.asarray(x[0] > 0)
     measure = jax.jit(jax.vmap(functools.partial(bn.measure, where=where)))
     expected = jax.device_get(measure(x))
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         spread = jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec("d")))
         found = jax.device_get(measure(spread))

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bn_jax as bn
+from tests import devices
 
 ROWS = 16
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -496,7 +497,7 @@ def grad_of_staged_vmap_over_examples(case):
 
 def mesh_of(axis_type, *sizes):
     names = ("i", "j")[: len(sizes)]
-    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(sizes))
+    return devices.make_mesh(sizes, names, axis_types=(axis_type,) * len(sizes))
 
 
 def shard_map_on(axis_type, case, sizes=(8,)):
@@ -582,7 +583,7 @@ def pmap(case):
     def member(x, where):
         return case.apply(x, params, state, where, axis_name="devices")
 
-    y, new = jax.pmap(member, "devices", out_axes=(0, None))(split(x, 8), split(where, 8))
+    y, new = devices.pmap(member, "devices", out_axes=(0, None))(split(x, 8), split(where, 8))
     assert_same((y.reshape(x.shape), new), case.expected, case.slack)
 
 

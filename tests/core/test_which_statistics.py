@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bn_jax as bn
+from tests.devices import make_mesh, pmap
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -25,7 +26,7 @@ train = partial(bn.batch_norm, train=True, average=bn.Ema(0), unbiased=False)
 
 
 def under_jit(kind, options):
-    mesh = jax.make_mesh((SHARDS,), ("d",), axis_types=(kind,))
+    mesh = make_mesh((SHARDS,), ("d",), axis_types=(kind,))
     params, state = bn.init(3)
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("d")))
@@ -36,7 +37,7 @@ def under_jit(kind, options):
 
 def under_shard_map(kind, options):
     """States come stacked, one per device; as replicated where all devices have the same."""
-    mesh = jax.make_mesh((SHARDS,), ("d",), axis_types=(kind,))
+    mesh = make_mesh((SHARDS,), ("d",), axis_types=(kind,))
     pooled = "axis_name" in options
 
     def member(x):
@@ -61,7 +62,7 @@ LAYOUTS = {
     "jit, Explicit": partial(under_jit, AxisType.Explicit),
     "shard_map, Auto": partial(under_shard_map, AxisType.Auto),
     "shard_map, Explicit": partial(under_shard_map, AxisType.Explicit),
-    "pmap": partial(under_map, jax.pmap),
+    "pmap": partial(under_map, pmap),
     "vmap": partial(under_map, lambda f, **kw: jax.jit(jax.vmap(f, **kw))),
 }
 GLOBAL, LOCAL = list(LAYOUTS)[:2], list(LAYOUTS)[2:]
@@ -101,7 +102,7 @@ def test_under_jit_there_is_nothing_to_name(layout):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_jax_refuses_a_state_of_one_device_as_replicated(kind):
     """What becomes of a forgotten axis_name under shard_map."""
-    mesh = jax.make_mesh((SHARDS,), ("d",), axis_types=(kind,))
+    mesh = make_mesh((SHARDS,), ("d",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         run = jax.shard_map(
             lambda x: train(x, *bn.init(3)), mesh=mesh, in_specs=P("d"), out_specs=(P("d"), P())

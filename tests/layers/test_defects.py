@@ -15,6 +15,7 @@ from flax import nnx
 import bn_jax as bn
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
+from tests.devices import make_mesh
 
 KEY = jax.random.key(0)
 Ours, Theirs = bn_jax.layers.linen.BatchNorm, nn.BatchNorm
@@ -120,7 +121,7 @@ class TestMaskAndAxisName:
 
     def test_ours_on_devices(self):
         layer, variables = start(Ours, self.x[0], momentum=0.0, axis_name="shards")
-        mesh = jax.make_mesh((4,), ("shards",), (jax.sharding.AxisType.Auto,))
+        mesh = make_mesh((4,), ("shards",), (jax.sharding.AxisType.Auto,))
         spec = jax.sharding.PartitionSpec
 
         def member(x, mask):
@@ -337,7 +338,7 @@ class TestAxisIndexGroups:
     def sharded(self, norm):
         layer, variables = start(norm, self.x[0])
         layer = norm(axis_name="i", axis_index_groups=self.groups)
-        mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
         run = jax.shard_map(
             lambda x: step(layer, variables, x)[0],
             mesh=mesh,

@@ -12,6 +12,7 @@ from flax import nnx
 import bn_jax as bn
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
+from tests.devices import make_mesh
 
 KEY = jax.random.key(0)
 X = 3 + 2 * jax.random.normal(KEY, (8, 5))
@@ -20,7 +21,7 @@ P = jax.sharding.PartitionSpec
 
 
 def mesh(shape, names):
-    return jax.make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * len(shape))
+    return make_mesh(shape, names, (jax.sharding.AxisType.Auto,) * len(shape))
 
 
 def waves(key, shape, dtype=jnp.float32, out_sharding=None):
