@@ -26,6 +26,9 @@ Run it with: bn-jax bench --suite accuracy
 Last result, 2026-11-26, jax 0.10.2 on a CPU: ours keeps all bars; the worst errors at any R up to
 1e5 are 2e-7 (variance), 8e-7 (y), 2e-7 (dx). At R = 100, y is off by 0.6 in flax as it comes and
 haiku, 3e-4 in flax with use_fast_variance=False and equinox, 6e-5 in keras, 1e-3 in torch.
+On an NVIDIA H100, 2026-11-27, jax 0.11.2: ours keeps all bars; at worst 5e-7 (variance), 1e-6 (y),
+3e-7 (dx). At R = 100, y is off by 0.6 in flax and haiku, 3e-4 in flax with use_fast_variance=False,
+equinox and torch 2.11.
 """
 
 import math

@@ -21,7 +21,8 @@ class Layer(NamedTuple):
     Attributes:
         step: forward in training mode and backward: y, the new state, all gradients.
         infer: forward by the running statistics.
-        wait: for what step or infer has returned, and on a GPU for all that was begun before.
+        wait: for what step or infer has returned, and so on a GPU, whose work is done in order,
+            for all that was begun before.
         outcome: of a step, in float64; mean and var are those the layer remembers, which at decay 0
             are the batch's own.
     """

@@ -10,6 +10,11 @@ flax's in float32 and 0.25 in bfloat16; buffers of a stack of twenty 0.68 and 0.
 bfloat16 a layer of the stack keeps four times x: x itself, the y whose sign the ReLU's derivative
 asks for, and the ReLU's result in float32, since the CPU convolves in float32; flax's keeps six.
 Only the first of these is the batch norm's. Without `core/stored.py` it would be five.
+
+On an NVIDIA H100, 2026-11-27, jax 0.11.2 and flax 0.12.10: residuals 0.50 and 0.25 of flax's, the
+stack 1.09 and 0.95. There XLA keeps neither what flax would like to keep: x and the ReLU's result
+are left of a layer, whoever normalizes. Of ours in float32 it also writes down where the ReLU was
+positive, a byte per value, instead of computing that again.
 """
 
 import math

@@ -14,6 +14,9 @@ jax 0.10.2, flax 0.12.8, optax 0.2.8, torch 2.13.0, three runs of 15 turns: flax
 sums: 1.40 (1.33 to 1.64), 3.4; 541 µs. Before a layer's sums came in pairs: 1.23 and 1.27 the same
 day, and 1.23 to 1.34 in eight runs on a faster one, where ours took 384 µs at best, of which 280
 are matrix products, at the speed of the cores.
+
+On a GPU this suite has not been run. In `bn-jax train` an NVIDIA H100 makes 15,800 steps per second
+of 63 µs with ours, 21,900 without batch norm (2026-11-27, jax 0.11.2).
 """
 
 import functools

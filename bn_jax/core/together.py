@@ -162,7 +162,7 @@ def instantiate(tangent):
 
 
 def batched(primitive):
-    """With an axis more in front, which is one more feature axis."""
+    """With an axis more in front: where axes are told apart, one more feature axis."""
 
     def rule(values, dims, **options):
         like, at = next(pair for pair in zip(values, dims, strict=True) if pair[1] is not None)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import export
+from jax.sharding import AxisType, PartitionSpec
 
 import bn_jax as bn
 from bn_jax.core.quotient import divide_in_double, quotient
 from tests.core.draws import laws
+from tests.devices import make_mesh
 
 normal = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False).map(np.float32)
 DIVIDE = {"jit": jax.jit(quotient), "op by op": quotient, "on a GPU": divide_in_double}
@@ -93,3 +95,32 @@ def test_members_agree_on_one_origin_too():
     x = jax.ShapeDtypeStruct((4, 37, 16), jnp.float32)
     text = export.export(step, platforms=["cuda"])(x).mlir_module()
     assert barriers(text) == 1
+
+
+def test_parts_and_wholes_may_differ_over_other_devices():
+    """One set of values is on all devices, another spread over them, and counted by weights."""
+    mesh = make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    random = np.random.default_rng(0)
+    x, z, where = (jnp.asarray(random.random((n, 1)), jnp.float32) for n in (8, 32, 32))
+
+    def member(x, z, where):
+        moments = bn.merge(bn.measure(x), bn.measure(z, where=where))
+        return (moments.mean + moments.var)[None]
+
+    specs = PartitionSpec(), PartitionSpec("a"), PartitionSpec("a")
+    sharded = jax.shard_map(member, mesh=mesh, in_specs=specs, out_specs=specs[1])
+    split = lambda a: a.reshape(4, 8, 1)  # noqa: E731
+    mapped = lambda *args: jax.vmap(member, (None, 0, 0))(args[0], *map(split, args[1:]))  # noqa: E731
+    found, wanted = (
+        jax.jit(jax.grad(lambda *args, f=f: (f(*args) ** 2).sum(), (0, 1, 2)))(x, z, where)
+        for f in (sharded, mapped)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_scalars_are_spread_and_other_shapes_refused():
+    for divide in quotient, jax.jit(quotient):
+        assert divide(jnp.float32(1), jnp.full(3, 2.0)).tolist() == [0.5] * 3
+        with pytest.raises(TypeError, match="shape"):
+            divide(jnp.ones(2), jnp.ones(3))
