@@ -17,16 +17,16 @@ bfloat16 2.78. A third, since y is made from sums: 1.65 (1.31 at the least), 2.0
 0.996; floor 1.03, inference 0.79, bfloat16 2.29. Before both sums came from one reading of x: 1.15,
 1.44, 1.18, 2.49, 0.76; floor 1.16, bfloat16 1.60, the same day.
 
-On a GPU, 2026-11-27, one NVIDIA H100, jax 0.11.2, flax 0.12.10, torch 2.11.0 with cuDNN: at
-256×112×112×64 and 256×28×28×512, float32, flax takes 1.10 times as long as ours at both, its
-accurate mode 1.37 and 1.33, haiku 1.28 and 1.24, torch 1.09 and 1.10; in bfloat16, flax 1.32 and
-1.34, torch 1.90 and 1.45. At 60×100 to 32×14×14×256 every call takes as long as it takes to begin
-it: ours 113 to 117 µs, flax 0.93 to 0.96 of that, torch 2.2 to 3.0 times. That run timed one or two
-calls at a time at the two large shapes, which adds to all alike. With more of them queued, as now,
-ours takes 2,011 and 1,005 µs in float32, 1,023 and 547 in bfloat16: 0.90, 0.89, 0.89 and 0.93 of 8
-traversals at 2.9 TB/s. It is less than the floor where dy does not wait for y, since XLA makes y
-and dx in one loop. In two calls, the forward pass alone takes 3.1, 3.2, 3.2 and 3.5 traversals
-instead of 3, the backward pass 4.7, 4.7, 4.6 and 4.7 instead of 5.
+On a GPU, 2026-11-27, one NVIDIA H100, jax 0.11.2, flax 0.12.10, haiku 0.0.17, torch 2.11.0 with
+cuDNN, 9 turns of queued calls: at 256×112×112×64 and 256×28×28×512, float32, ours takes 2,023 and
+1,014 µs, flax 1.12 times that at both, its accurate mode 1.41 and 1.39, haiku 1.27, torch 1.13 and
+1.19; in bfloat16 1,062 and 557 µs, flax 1.43 and 1.42, accurate 1.56 and 1.57, haiku 1.15, torch
+2.16 and 1.71. That is 0.87, 0.87, 0.83 and 0.91 of 8 traversals, less than the floor where dy does
+not wait for y, since XLA makes y and dx in one loop; in another run of ours alone 0.90, 0.89, 0.89
+and 0.93, and in two calls 3.1, 3.2, 3.2 and 3.5 traversals instead of 3 for the forward pass, 4.7,
+4.7, 4.6 and 4.7 instead of 5 for the backward. Inference takes 1.01 to 1.03 copies. At 60×100 to
+64×56×56×64 every call takes as long as it takes to begin it, 86 to 144 µs for ours, flax 0.81 to
+1.11 of that, torch 2.2 to 3.1 times; of kernels, ours is at most one more than flax's.
 
 A Pallas kernel for the sums, through Triton, the best of five tilings: of the time that a copy
 takes to read x, forward 1.06 and 1.06 in float32, 1.15 and 1.17 in bfloat16, where XLA's takes

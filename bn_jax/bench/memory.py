@@ -14,7 +14,11 @@ Only the first of these is the batch norm's. Without `core/stored.py` it would b
 On an NVIDIA H100, 2026-11-27, jax 0.11.2 and flax 0.12.10: residuals 0.50 and 0.25 of flax's, the
 stack 1.09 and 0.95. There XLA keeps neither what flax would like to keep: x and the ReLU's result
 are left of a layer, whoever normalizes. Of ours in float32 it also writes down where the ReLU was
-positive, a byte per value, instead of computing that again.
+positive, a byte per value, instead of computing that again; with flax's it writes and reads one
+more array per layer instead, the gradient behind the ReLU. At (128, 56, 56, 64) it keeps the bytes
+for all in float32: 1.00 in both types. A step of that stack takes flax 1.01 times as long as ours
+in float32 and 1.06 in bfloat16, its accurate mode 1.09 and 1.15; of the stack measured here, where
+launches take most of the time, 0.95 and 0.96.
 """
 
 import math
