@@ -169,6 +169,6 @@ def test_a_constant_has_the_third_derivatives_of_the_formula(x64, epsilon=0.5):
         y = (x - x.mean()) / jnp.sqrt(jnp.mean((x - x.mean()) ** 2) + epsilon)
         return weights @ (y + y**3)
 
-    third = lambda f: jax.jacfwd(jax.hessian(f))(x)  # noqa: E731
+    third = lambda f: jax.jit(jax.jacfwd(jax.hessian(f)))(x)  # noqa: E731
     assert jnp.abs(third(formula)).max() > 1
     np.testing.assert_allclose(third(ours), third(formula), rtol=1e-12, atol=1e-12)

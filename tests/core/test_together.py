@@ -185,7 +185,7 @@ def training_gradients(x, params, state, **options):
 @pytest.mark.parametrize(
     ("kind", "spec", "run"),
     [
-        (kind, spec, run)
+        pytest.param(kind, spec, run, marks=pytest.mark.slow if run == "eager" and spec[3:] else [])
         for kind in ("plain", "mask", "weights", "uneven groups")
         for spec in ((None, "d"), (None, None, None, "d"), ("d", None, None, "f"))
         if kind != "uneven groups" or spec[0] is None  # groups may not span shards

@@ -2,7 +2,8 @@
 
 Outputs and statistics are compared with flax's directly. Gradients are compared with those that
 flax computes in float32 from the same numbers, since flax's bfloat16 gradients sum several rounded
-parts; so are the outputs of nnx at evaluation in bfloat16, which flax gets wrong.
+parts; so are the outputs of nnx at evaluation in bfloat16, which flax gets wrong. Two of three
+cases run with `-m slow`.
 """
 
 import inspect
@@ -122,7 +123,13 @@ PAIRS = [(shell, case) for shell, case in PAIRS if shell is Linen or len(case.fe
 
 
 @pytest.mark.parametrize(
-    ("shell", "case"), PAIRS, ids=lambda value: getattr(value, "__name__", str(value))
+    ("shell", "case"),
+    [
+        pytest.param(
+            shell, case, id=f"{shell.__name__}-{case}", marks=pytest.mark.slow if i % 3 else []
+        )
+        for i, (shell, case) in enumerate(PAIRS)
+    ],
 )
 def test_equals_flax(shell, case, flax_rules, close, same_tree):
     settings, mask = case.settings, case.mask

@@ -54,7 +54,10 @@ def at(step, seed=0):
 @pytest.mark.parametrize(
     ("arm", "options"),
     [
-        ("batch", {"optimizer": "sgd", "weight_decay": 0.01, "schedule": "cosine"}),
+        pytest.param(
+            *("batch", {"optimizer": "sgd", "weight_decay": 0.01, "schedule": "cosine"}),
+            marks=pytest.mark.slow,
+        ),
         ("none", {"optimizer": "momentum"}),
         ("batch", {"optimizer": "adam", "average": "ema", "binarization": "stochastic"}),
     ],

@@ -100,7 +100,17 @@ def flags(options):
         yield from value if isinstance(value, tuple) else [value]
 
 
-@pytest.mark.parametrize("options", ALL_FLAGS, ids=lambda options: options["model"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            options,
+            id=options["model"],
+            marks=[] if options["model"] == "mlp" else pytest.mark.slow,
+        )
+        for options in ALL_FLAGS
+    ],
+)
 def test_every_flag(options, tmp_path, main):
     options = {"hidden": (8,), "batch_size": 20, "steps": 2, "evaluate_every": 2} | options
     options |= {"checkpoint_every": 2, "run_dir": tmp_path / "run", "data_dir": tmp_path}

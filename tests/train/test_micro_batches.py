@@ -88,7 +88,7 @@ def at(tree, path):
     return tree if not path else at(tree[path[0]], path[1:])
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_the_statistics_are_those_of_all_parts_together(name, fill, digits):
     """Each part normalized by itself; then mean and m/(m - 1) variance of all, in float64."""
     model, state, inputs, labels = setup(name, fill, digits)
