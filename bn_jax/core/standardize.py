@@ -38,6 +38,7 @@ from bn_jax.core.moments import Moments, mean_and_var, moments_of, push_mean_and
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
 from bn_jax.core.origin import origin_of
 from bn_jax.core.replicas import Replicas, sum_over
+from bn_jax.core.rounded import rounded
 from bn_jax.core.stored import stored
 from bn_jax.core.sums import Sums, add_up, center, count_or_all, for_each, without_padding
 from bn_jax.core.together import spread_together
@@ -138,7 +139,7 @@ def whiten_by(
 ) -> Array:
     """Y in x's dtype, by the mean of x - origin and r."""
     deviation = without_padding(center(x, origin, axes) - spread(mean, x, axes), x, weights)
-    return transform(deviation, r, params, axes).astype(x.dtype)
+    return rounded(transform(deviation, r, params, axes), x.dtype)
 
 
 @functools.partial(whiten.defjvp, symbolic_zeros=True)

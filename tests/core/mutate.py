@@ -316,6 +316,20 @@ MUTATIONS = [
         "traffic",
     ),
     Mutation(
+        "y is kept for the backward pass",
+        "rounded.py",
+        "mlir.lower_fun(cut, multiple_results=False)",
+        "mlir.lower_fun(convert, multiple_results=False)",
+        "traffic",
+    ),
+    Mutation(
+        "y is cut, not rounded",
+        "rounded.py",
+        "lax.reduce_precision(values, 8, 7)",
+        "values",
+        "rounded",
+    ),
+    Mutation(
         "no jax.checkpoint",
         "standardize.py",
         "once = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)",
@@ -495,8 +509,8 @@ MUTATIONS = [
     Mutation(
         "y keeps the precision of the statistics",
         "standardize.py",
-        "params, axes).astype(x.dtype)",
-        "params, axes)",
+        "return rounded(transform(deviation, r, params, axes), x.dtype)",
+        "return transform(deviation, r, params, axes)",
         "accuracy",
     ),
     Mutation(

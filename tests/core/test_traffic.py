@@ -59,10 +59,11 @@ def test_each_direction_reads_what_it_sums_once():
 
 
 @on_a_cpu
-def test_a_layer_of_half_precision_keeps_no_wide_copy_of_x(shape=(8, 16, 16, 16)):
-    """Among convolutions: x, y, and ReLU's result in float32 are 4 times x; x in float32 is 1 more.
+def test_a_layer_of_half_precision_keeps_x_alone(shape=(8, 16, 16, 16)):
+    """Among convolutions: x, and ReLU's result in float32, are 3 times x.
 
-    Without a barrier XLA's CPU compiler (since jaxlib 0.10) keeps the wide x of which x was made.
+    Without a barrier XLA's CPU compiler (since jaxlib 0.10) keeps the wide x of which x was made;
+    with a conversion to bfloat16, and before, also y, for the sign that ReLU's derivative asks for.
     """
 
     def kept(depth):
@@ -71,7 +72,7 @@ def test_a_layer_of_half_precision_keeps_no_wide_copy_of_x(shape=(8, 16, 16, 16)
         step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, state, x).compile()
         return step.memory_analysis().temp_size_in_bytes / (2 * x.size)
 
-    assert (kept(4) - kept(2)) / 2 < 4.5
+    assert (kept(4) - kept(2)) / 2 < (3.5 if jax.__version_info__ >= (0, 10) else 4.5)
 
 
 @fuses
