@@ -18,7 +18,6 @@ from jaxtyping import Float, Inexact, Shaped
 from bn_jax.core.averages import BatchNormState
 from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
-from bn_jax.core.rounded import rounded
 
 
 class BatchNormParams(NamedTuple):
@@ -75,7 +74,7 @@ def normalize(
     x, axes = collapse(x, axes)
     centered = x.astype(wide) - spread(jnp.asarray(mean, wide), x, axes)
     multiplier = inverse_std(jnp.asarray(var, real_dtype(wide)), epsilon)
-    return rounded(transform(centered, multiplier, params, axes), x.dtype).reshape(shape)
+    return transform(centered, multiplier, params, axes).astype(x.dtype).reshape(shape)
 
 
 def as_affine(
