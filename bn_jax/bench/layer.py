@@ -14,8 +14,9 @@ with use_fast_variance=False 1.99, haiku 1.62, equinox 3.51, torch 1.07. At 64×
 At 60×100 flax takes 0.88 of our 101 µs. A second run, when an origin could still be made of fewer
 than 128 values: 1.45 (1.13 at the least), 1.95, 1.50, 3.25, 1.01; floor 0.96, inference 0.93,
 bfloat16 2.78. A third, since y is made from sums: 1.65 (1.31 at the least), 2.02, 1.57, 3.29,
-0.996; floor 1.03, inference 0.79, bfloat16 2.29. Before both sums came from one reading of x: 1.15,
-1.44, 1.18, 2.49, 0.76; floor 1.16, bfloat16 1.60, the same day.
+0.996; floor 1.03, inference 0.79, bfloat16 2.29. A fourth, on the 27th, since y is rounded by bits:
+1.52 (1.31), 1.92, 1.50, 3.19, 0.992; floor 1.02, inference 0.99, bfloat16 2.27. Before
+both sums came from one reading of x: 1.15, 1.44, 1.18, 2.49, 0.76; floor 1.16, bfloat16 1.60.
 
 On a GPU, 2026-11-27, one NVIDIA H100, jax 0.11.2, flax 0.12.10, haiku 0.0.17, torch 2.11.0 with
 cuDNN, 9 turns of queued calls: at 256×112×112×64 and 256×28×28×512, float32, ours takes 2,023 and
