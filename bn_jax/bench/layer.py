@@ -26,8 +26,8 @@ cuDNN, 9 turns of queued calls: at 256×112×112×64 and 256×28×28×512, float
 not wait for y, since XLA makes y and dx in one loop; in another run of ours alone 0.90, 0.89, 0.89
 and 0.93, and in two calls 3.1, 3.2, 3.2 and 3.5 traversals instead of 3 for the forward pass, 4.7,
 4.7, 4.6 and 4.7 instead of 5 for the backward. Inference takes 1.01 to 1.03 copies. At 60×100 to
-64×56×56×64 every call takes as long as it takes to begin it, 86 to 144 µs for ours, flax 0.81 to
-1.11 of that, torch 2.2 to 3.1 times; of kernels, ours is at most one more than flax's.
+32×14×14×256 every call takes as long as it takes to begin it, 86 to 137 µs for ours, flax 0.81 to
+0.99 of that, torch 2.2 to 3.1 times; of kernels, ours is at most one more than flax's.
 
 A Pallas kernel for the sums, through Triton, the best of five tilings: of the time that a copy
 takes to read x, forward 1.06 and 1.06 in float32, 1.15 and 1.17 in bfloat16, where XLA's takes

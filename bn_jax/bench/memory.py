@@ -8,10 +8,11 @@ Run it with: bn-jax bench --suite memory
 Last result, 2026-11-27, jax 0.10.2 and flax 0.12.8 on a CPU: residuals of x's own size, 0.50 of
 flax's in float32 and 0.25 in bfloat16; buffers of a stack of twenty 0.68 and 0.52 of flax's. In
 bfloat16 a layer of the stack keeps three times x: x itself, and the ReLU's result in float32, since
-the CPU convolves in float32; flax's keeps six. Without `core/rounded.py` the y whose sign the
-ReLU's derivative asks for would be a fourth (0.67), without `core/stored.py` a wide x a fifth. What
-keeps 3 : 6 from being 0.50 are the convolutions' own buffers at the peak, 5.7 times x in both. The
-rounding by bits costs a step nothing (0.98 to 1.02 of the time with a conversion, at five shapes).
+the CPU convolves in float32; flax's keeps six. Without `core/rounded.py`, and with it before
+jaxlib 0.10, the y whose sign the ReLU's derivative asks for is a fourth (0.67); without
+`core/stored.py` a wide x would be a fifth. What keeps 3 : 6 from being 0.50 are the convolutions'
+own buffers at the peak, 5.7 times x in both. The rounding by bits costs a step nothing (0.98 to
+1.02 of the time with a conversion, at five shapes).
 
 On an NVIDIA H100, 2026-11-27, jax 0.11.2 and flax 0.12.10: residuals 0.50 and 0.25 of flax's, the
 stack 1.09 and 0.95. There XLA keeps neither what flax would like to keep: x and the ReLU's result

@@ -3,7 +3,7 @@
 XLA's CPU compiler counts a conversion to bfloat16 as expensive: what comes out of one it keeps, for
 all who use it, where of float32 it computes again whatever costs a few operations. Among
 convolutions and ReLUs, y would be kept for the backward pass in addition to x. But a bfloat16 is
-the first half of a float32, and bits are cheap.
+the first half of a float32, and bits are cheap (since jaxlib 0.10; before, y is kept either way).
 """
 
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def transpose(cotangent, values, *, dtype):
 
 rounded_p = Primitive("rounded")
 rounded_p.def_impl(convert)
-rounded_p.def_abstract_eval(lambda values, *, dtype: values.update(dtype=dtype))
+rounded_p.def_abstract_eval(lambda values, *, dtype: values.update(dtype=dtype, weak_type=False))
 ad.deflinear2(rounded_p, transpose)
 batching.defvectorized(rounded_p)
 mlir.register_lowering(rounded_p, mlir.lower_fun(convert, multiple_results=False))

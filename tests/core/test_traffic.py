@@ -63,7 +63,8 @@ def test_a_layer_of_half_precision_keeps_x_alone(shape=(8, 16, 16, 16)):
     """Among convolutions: x, and ReLU's result in float32, are 3 times x.
 
     Without a barrier XLA's CPU compiler (since jaxlib 0.10) keeps the wide x of which x was made;
-    with a conversion to bfloat16, and before, also y, for the sign that ReLU's derivative asks for.
+    with a conversion to bfloat16 also y, for the sign that ReLU's derivative asks for. Before 0.10
+    it keeps y either way.
     """
 
     def kept(depth):
