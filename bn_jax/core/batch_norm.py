@@ -18,6 +18,7 @@ from bn_jax.core.ghost import smallest_group, standardize_groups
 from bn_jax.core.moments import shift
 from bn_jax.core.normalize import BatchNormParams, check_epsilon, check_features, normalize
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, Replicas, read_replicas
+from bn_jax.core.single_value import Notice, refuse, when_computed
 from bn_jax.core.standardize import standardize
 
 
@@ -120,7 +121,8 @@ def batch_norm(
             params or state is of another kind, average is no function, group_size no integer.
         ValueError: a shape does not fit x; epsilon is negative; axis_index_groups do not hold each
             index of the axis once; group_size is not positive; training with one value per
-            feature, whose variance is always zero.
+            feature, whose variance is always zero (raised when y is computed or compiled, not by
+            `jax.eval_shape`).
         NameError: axis_name is not bound here.
 
     >>> import jax, jax.numpy as jnp
@@ -131,6 +133,40 @@ def batch_norm(
     (True, True)
     >>> y, _ = batch_norm(x[:1], params, state, train=False)
     """
+    return batch_norm_noticing(
+        refuse,
+        x,
+        params,
+        state,
+        train=train,
+        average=average,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        where=where,
+        unbiased=unbiased,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        group_size=group_size,
+    )
+
+
+def batch_norm_noticing(
+    notice: Notice,
+    x: Shaped[Array | np.ndarray, "..."],
+    params: BatchNormParams,
+    state: BatchNormState,
+    *,
+    train: bool | np.bool_ | Array,
+    average: Average,
+    epsilon: ArrayLike,
+    feature_axis: int | Sequence[int],
+    where: Shaped[Array | np.ndarray, "..."] | None,
+    unbiased: bool,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+    group_size: int | None,
+) -> tuple[Inexact[Array, "..."], BatchNormState]:
+    """`batch_norm`, where the caller says what happens on one value per feature."""
     x = jnp.asarray(x)
     check_train(train)
     check_kind("params", params, BatchNormParams)
@@ -147,7 +183,7 @@ def batch_norm(
             ), state
 
         replicas = read_replicas(axis_name, axis_index_groups)
-        check_batch(x, axes, replicas, group_size)
+        x = check_batch(notice, x, axes, replicas, group_size)
         check_epsilon(epsilon)
         epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
         params = jax.tree.map(jnp.asarray, params)
@@ -177,20 +213,25 @@ def check_kind(name: str, value: object, kind: type) -> None:
         )
 
 
-def check_batch(x: Array, axes: Axes, replicas: Replicas | None, group_size: int | None) -> None:
-    """Refuse a batch whose variance is zero whatever it holds."""
+def check_batch(
+    notice: Notice, x: Array, axes: Axes, replicas: Replicas | None, group_size: int | None
+) -> Array:
+    """X, and a notice where its variance is zero whatever it holds."""
     if group_size is not None:
         if smallest_group(x, axes, group_size) == 1:
-            raise ValueError(
+            message = (
                 f"training needs more than one value per feature, but group_size={group_size} "
                 f"leaves a group of one of x of shape {x.shape}: its variance is zero and y is "
                 "bias whatever x is; choose a group_size that leaves no single example over"
             )
+            return when_computed(notice, message, x)
     elif batch_size(x, axes) * (replicas.fewest if replicas else 1) == 1:
         where = " in a group of axis_index_groups" if replicas and replicas.groups else ""
-        raise ValueError(
+        message = (
             f"training needs more than one value per feature, but x of shape {x.shape} has one "
             f"on feature axes {axes}{where}: its variance is zero and y is bias whatever x is; "
             "use a larger batch or group, pool with axis_name, or normalize by the running "
             "statistics (train=False)"
         )
+        return when_computed(notice, message, x)
+    return x

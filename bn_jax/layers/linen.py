@@ -4,24 +4,22 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype, Initializer
 from jax import Array
-from jax.nn import initializers
 
 from bn_jax.core.averages import Average, BatchNormState, Ema
 from bn_jax.core.axes import feature_axes, feature_shape
-from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.batch_norm import batch_norm_noticing
 from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
+from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.BatchNorm):
     """Batch normalization with flax.linen's constructor, variables and call.
 
     Training normalizes each feature by the batch, y = γ (x - μ)/√(σ² + ε) + β, and moves the
@@ -36,7 +34,8 @@ class BatchNorm(nn.Module):
       masks are weights; with `axis_name`, every member counts by its number of unmasked values;
     - the running statistics: an empty or fully masked batch, or a feature whose moments are not
       finite, leaves them as they were, and no gradient flows into them;
-    - training with one value per feature, which raises instead of returning `bias` silently;
+    - training with one value per feature, which warns (`bn_jax.layers.SingleValueWarning`) that y
+      is `bias` and the running variance moves towards 0;
     - mixed dtypes, which also work where JAX's promotion is strict.
 
     Attributes:
@@ -82,20 +81,9 @@ class BatchNorm(nn.Module):
     >>> y = layer.apply(variables | updates, x[:1], use_running_average=True)
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
+    # The fields that flax's class has not, or in a narrower type.
+    axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     average: Average | None = None
     unbiased: bool = False
     group_size: int | None = None
@@ -125,9 +113,9 @@ class BatchNorm(nn.Module):
 
         Raises:
             TypeError: use_running_average is traced.
-            ValueError: use_running_average is given twice or not at all; training with one value
-                per feature; a variable does not fit x, or mask does not, or does in two ways;
-                axis_index_groups do not hold each index of the axis once.
+            ValueError: use_running_average is given twice or not at all; a variable does not fit
+                x, or mask does not, or does in two ways; axis_index_groups do not hold each index
+                of the axis once.
             NameError: axis_name is not bound here.
             flax.errors.ModifyScopeVariableError: training while `batch_stats` is not mutable.
         """
@@ -154,13 +142,14 @@ class BatchNorm(nn.Module):
         where = read_mask(mask, x, axes)
 
         if self.is_initializing() and not evaluate:
-            # The core refuses to train on one value per feature; an initialization may.
+            # Without averages and axis_name, and without a word about one value per feature.
             batch = measure(x, feature_axis=axes, where=where)
             y = normalize(x, batch.mean, batch.var, params, epsilon=self.epsilon, feature_axis=axes)
             return y.astype(result)
 
         seen = jnp.zeros_like(mean.value, jnp.int32) if count is None else count.value
-        y, state = batch_norm(
+        y, state = batch_norm_noticing(
+            warn,
             x,
             params,
             BatchNormState(mean.value, var.value, seen),

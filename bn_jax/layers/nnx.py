@@ -18,12 +18,13 @@ from jax.nn import initializers
 
 from bn_jax.core.averages import Average, BatchNormState, Ema
 from bn_jax.core.axes import feature_axes
-from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.batch_norm import batch_norm_noticing
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(nnx.BatchNorm):
     """Batch normalization with flax.nnx's constructor, variables and call.
 
     Training (`train()`, or use_running_average=False) normalizes each feature by the batch,
@@ -47,7 +48,8 @@ class BatchNorm(nnx.Module):
       are weights; with `axis_name`, every member counts by its number of unmasked values;
     - the running statistics: an empty or fully masked batch, or a feature whose moments are not
       finite, leaves them as they were, and no gradient flows into them;
-    - training with one value per feature, which raises instead of returning `bias` silently;
+    - training with one value per feature, which warns (`bn_jax.layers.SingleValueWarning`) that y
+      is `bias` and the running variance moves towards 0;
     - several feature axes, which need their sizes in `num_features`;
     - mixed dtypes, which also work where JAX's promotion is strict.
 
@@ -174,8 +176,8 @@ class BatchNorm(nnx.Module):
 
         Raises:
             TypeError: use_running_average is traced.
-            ValueError: use_running_average is given nowhere; training with one value per feature;
-                a variable does not fit x, or mask does not, or does in two ways.
+            ValueError: use_running_average is given nowhere; a variable does not fit x, or mask
+                does not, or does in two ways.
             NameError: axis_name is not bound here.
             flax.errors.TraceContextError: training inside of one of JAX's own transforms, while
                 the module is from outside.
@@ -197,7 +199,8 @@ class BatchNorm(nnx.Module):
         params = BatchNormParams(scale, bias)
         x, result = promote(x, params, self.dtype)
         seen = jnp.zeros_like(mean, jnp.int32) if self.count is None else self.count[...]
-        y, state = batch_norm(
+        y, state = batch_norm_noticing(
+            warn,
             x,
             params,
             BatchNormState(mean, var, seen),
@@ -216,12 +219,3 @@ class BatchNorm(nnx.Module):
             if self.count is not None:
                 self.count[...] = state.count
         return y.astype(result)
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` may set.
-
-        Args:
-            use_running_average: None leaves it as it is.
-        """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average

@@ -15,6 +15,7 @@ from flax import nnx
 import bn_jax as bn
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
+from bn_jax.layers import SingleValueWarning
 from tests.devices import make_mesh
 
 KEY = jax.random.key(0)
@@ -292,10 +293,11 @@ class TestOneExample:
                 y = jnp.ones(3)
         flax_still("16 (one value per feature)", not y.any())
 
-    def test_ours(self):
-        with pytest.raises(ValueError, match="more than one value per feature"):
-            step(*start(Ours, self.x), self.x)
-        with pytest.raises(ValueError, match="more than one value per feature"):
+    def test_ours_warns(self):
+        layer, variables = start(Ours, self.x)
+        with pytest.warns(SingleValueWarning, match="more than one value per feature"):
+            layer.apply(variables, self.x, False, mutable=["batch_stats"])
+        with pytest.warns(SingleValueWarning, match="more than one value per feature"):
             OursNnx(3, rngs=nnx.Rngs(0))(self.x)
 
     def test_ours_with_the_rest_of_the_batch_elsewhere(self):

@@ -37,6 +37,8 @@ def test_constructor_is_flax_and_more():
     assert [f.name for f in ours[len(theirs) :]] == ["average", "unbiased", "group_size"]
     for our, their in zip(ours, theirs, strict=False):
         assert our.default == their.default, our.name
+    for field in ours:  # they are inherited: a new one of flax's would have no effect
+        assert f"        {field.name}: " in BatchNorm.__doc__
 
 
 def test_call_is_flax():
