@@ -1,10 +1,16 @@
-"""The README says what is true: its blocks run, its versions are those that are tested."""
+"""The README and the pages that it links say what is true.
+
+Their Python blocks run, their commands are accepted, their links lead somewhere, and their tables
+of versions and transformations are those that are tested.
+"""
 
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 import tyro
 
@@ -13,51 +19,114 @@ from bn_jax.train.config import TrainConfig
 from tests.core.test_transforms import CASES, TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / ".docs").glob("*.md")), ROOT / "bn_jax" / "bench" / "RESULTS.md"]
+OTHERS = [ROOT / ".github" / "CONTRIBUTING.md", ROOT / "bn_jax" / "CHANGELOG.md"]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def name(path):
+    return str(path.relative_to(ROOT))
 
 
-def test_python_blocks_run_in_order(lenient):
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(path):
+    """What a page asks to be typed: lines of its shell blocks, and code in its text."""
+    lines = [line for block in blocks(path, "bash") for line in block.splitlines()]
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`((?:bn-jax|pip|pytest) [^`]+)`", text)
+    return [part.split("#")[0].strip() for line in lines for part in line.split("&&")]
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """The speed of what runs here does not matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_python_blocks_run_in_order(path, lenient, quick_to_compile):
+    """A page's blocks share their names, as in one session."""
     names = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["new_state"].mean.shape == (64,)
-    assert names["loss"] > 0
+    for block in blocks(path, "python"):
+        exec(compile(block, path.name, "exec"), names)
+    if path == README:
+        assert names["accuracy"] == 1
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= 1500
 
 
 def test_its_two_commands_are_the_ones_that_are_promised():
-    commands = [block.strip() for block in blocks("bash")]
-    assert commands[:2] == [
+    assert [block.strip() for block in blocks(README, "bash")][1:] == [
         'pip install -e ".[train]" && bn-jax train',
         'pip install -e ".[test]" && pytest',
     ]
 
 
-@pytest.mark.parametrize("command", [c for b in blocks("bash")[2:] for c in b.splitlines()])
-def test_its_other_commands_are_accepted(command):
-    program, verb, *flags = command.split()
+def bn_jax_commands():
+    found = {c: name(path) for path in PAGES + OTHERS for c in commands(path)}
+    return [pytest.param(c, id=f"{page}: {c}") for c, page in found.items() if "bn-jax " in c]
+
+
+@pytest.mark.parametrize("command", bn_jax_commands())
+def test_commands_are_accepted(command):
+    program, verb, *flags = shlex.split(command)
     assert program == "bn-jax"
     if verb == "bench":
-        assert flags[0] == "--suite"
-        assert flags[1] in SUITES
-    else:
+        assert not flags or (flags[0] == "--suite" and flags[1] in SUITES)
+    elif verb == "evaluate":
+        assert flags in ([], ["RUN"])
+    elif flags != ["--help"]:
         assert verb == "train"
-        assert tyro.cli(TrainConfig, args=flags) != TrainConfig()
+        config = tyro.cli(TrainConfig, args=flags)
+        assert (config == TrainConfig()) == (not flags)
 
 
-def test_its_table_of_transformations_is_the_tests():
-    """What joins the tests joins the README."""
-    assert f"{len(TRANSFORMS)} transformations × {len(CASES)} kinds" in README
-    kinds = re.search(r"for each of: (.*?)\. The tests", README, re.DOTALL)[1].split(",")
+@pytest.mark.parametrize("path", PAGES + OTHERS, ids=name)
+def test_only_a_checkout_is_installed(path):
+    """There is no package on an index yet."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = extras["optional-dependencies"].keys()
+    for command in commands(path):
+        if command.startswith("pip install"):
+            assert re.fullmatch(r'pip install (-e \.|-e "\.\[[\w,]+\]"|safetensors)', command)
+            assert set(re.findall(r"\w+", command.partition("[")[2])) <= known
+
+
+def anchor(title):
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", PAGES + OTHERS, ids=name)
+def test_links_lead_somewhere(path):
+    for target, _, section in re.findall(r"\]\(([^)#]*)(#?)([^)]*)\)", path.read_text()):
+        if target.startswith("https://"):
+            continue
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert section in map(anchor, titles), f"{target}#{section}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    for path in PAGES[1:]:
+        assert f"({name(path)}" in README.read_text()
+
+
+def test_the_table_of_transformations_is_the_tests():
+    """What joins the tests joins the page."""
+    text = (ROOT / ".docs" / "transformations.md").read_text()
+    assert f"{len(TRANSFORMS)} transformations × {len(CASES)} kinds" in text
+    kinds = re.search(r"The kinds are: (.*?)\. The tests", text, re.DOTALL)[1].split(",")
     assert len(kinds) == len(CASES)
-
-
-def test_every_file_it_links_to_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
 def test_supported_versions_are_one_story():
@@ -74,15 +143,17 @@ def test_supported_versions_are_one_story():
     for package, version in oldest.items():
         if package != "jaxlib":
             assert version.startswith(lower[package]), package
-    rows = dict(re.findall(r"^\| (jax|flax|optax) \| ([\d.]+) ", README, re.MULTILINE))
-    assert rows == {name: oldest[name] for name in ("jax", "flax", "optax")}
+    rows = r"^\| (jax|flax|optax) \| ([\d.]+) "
+    for page in (README, ROOT / ".docs" / "install.md"):
+        found = dict(re.findall(rows, page.read_text(), re.MULTILINE))
+        assert found == {name: oldest[name] for name in ("jax", "flax", "optax")}
 
 
 def test_the_package_carries_what_a_user_needs():
     names = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    for name in ("LICENSE", "CHANGELOG.md", "py.typed"):
-        assert f"bn_jax/{name}" in names
+    for path in ("LICENSE", "CHANGELOG.md", "py.typed"):
+        assert f"bn_jax/{path}" in names
     top = {name.split("/")[0] for name in names if not name.startswith(".")}
     assert top == {"pyproject.toml", "bn_jax", "tests", "notebooks", "README.md"}

@@ -64,7 +64,7 @@ def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
     Where two lines fall on one another, one is dashed, so that both are seen.
     """
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, len(TITLES))
     names = list(dict.fromkeys(r["contender"] for r in rows if r["contender"] != "nnx"))  # as flax
     for panel, (quantity, title) in zip(panels, TITLES.items(), strict=True):
@@ -75,23 +75,23 @@ def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 [max(r["offset"], 0.1) for r in drawn],
                 [max(r["error"], 1e-9) for r in drawn],
                 marker="o",
-                markersize=3,
+                markersize=4,
                 linestyle="--" if name in DASHED else "-",
                 color=f"C{place}",
-                linewidth=2.5 if name == OURS else 1.2,
+                linewidth=3.5 if name == OURS else 1.5,
                 zorder=3 if name in DASHED else 2,
                 label=name,
             )
             if name == OURS:
                 offsets = [max(r["offset"], 0.1) for r in chosen]
                 bars = [r["bar"] for r in chosen]
-                panel.plot(offsets, bars, "k:", linewidth=1.5, label="bar")
+                panel.plot(offsets, bars, "k:", linewidth=1.5, label="our bar")
         panel.set_xscale("log")
         panel.set_xticks([0.1, 1, 1e2, 1e4], ["0", "1", "10²", "10⁴"])
         panel.set_yscale("log")
-        panel.set_xlabel("mean / std of x")
+        panel.set_xlabel("mean of x / standard deviation")
         panel.set_title(title)
     panels[0].set_ylabel("worst error against float64")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     return figure
