@@ -1,18 +1,15 @@
 """Is this a batch norm's checkpoint? What is no array of finite numbers goes no further.
 
-Three instances: a pickle where an array belongs, a negative variance, a scale of another length
-than the mean. Every refusal names the key, what was found there, and what to do about it. Nothing
-is ever unpickled.
+Three instances: a pickle where an array belongs, a negative variance, a variance that was too large
+for float16. Every refusal names the key, what was found there, and what to do about it. Nothing is
+ever unpickled.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-
-from bn_jax.core.averages import BatchNormState
-from bn_jax.core.normalize import BatchNormParams
 
 
 class CheckpointError(ValueError):
@@ -34,16 +31,21 @@ def refusal(key: str, found: str, remedy: str) -> CheckpointError:
 def read_array(key: str, value: Any) -> np.ndarray:
     """An array, a tensor or a variable of any framework, as numpy, in its own dtype.
 
+    JAX has no long double, which becomes double; bytes are put in this machine's order.
+
     Args:
         key: for messages.
         value: what numpy takes, a torch tensor (bfloat16 and on any device too), an nnx variable.
 
     Raises:
-        CheckpointError: it is no array of numbers: bytes, text, objects, or of unequal rows.
+        CheckpointError: it is no array of numbers: None, bytes, text, objects, of unequal rows, or
+            with masked values.
 
     >>> read_array("bn.mean", [0.5, 1.0]).tolist()
     [0.5, 1.0]
     """
+    if value is None:
+        raise refusal(key, "is None", "an array of numbers belongs here; what is absent has no key")
     if isinstance(value, bytes | bytearray | memoryview | str):
         raise refusal(
             key,
@@ -53,6 +55,7 @@ def read_array(key: str, value: Any) -> np.ndarray:
     try:
         if hasattr(value, "detach"):  # a torch tensor; numpy has no bfloat16 of its own
             value = value.detach().cpu()
+            value = value.resolve_conj().resolve_neg()
             half = str(value.dtype) == "torch.bfloat16"
             value = value.float().numpy().astype(jnp.bfloat16) if half else value.numpy()
         elif hasattr(value, "get_value"):  # an nnx variable
@@ -62,14 +65,22 @@ def read_array(key: str, value: Any) -> np.ndarray:
         raise refusal(
             key, f"is no array ({error})", "pass an array of numbers, e.g. jnp.asarray(values)"
         ) from error
-    if not jnp.issubdtype(array.dtype, jnp.number):
+    if np.ma.is_masked(value):
+        raise refusal(
+            key,
+            f"has {np.ma.count_masked(value)} masked values of {array.size}",
+            "what is masked is not known: pass value.filled(number), or an array without a mask",
+        )
+    if not jnp.issubdtype(array.dtype, jnp.number) or array.dtype.kind == "m":  # a time span
         raise refusal(
             key,
             f"is {type(value).__name__} of dtype {array.dtype}, not an array of numbers",
             "objects may hide a pickle and are not opened: load them with their own library, and "
             "pass arrays of floats",
         )
-    return array
+    doubles = {np.dtype(np.longdouble): np.float64, np.dtype(np.clongdouble): np.complex128}
+    native = array.dtype.newbyteorder("=")
+    return array.astype(doubles.get(native, native), copy=False)
 
 
 def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarray:
@@ -91,121 +102,39 @@ def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarra
             "or is it another entry's value?",
         )
     # float64 becomes float32 here unless jax_enable_x64 is set, and what overflows then is refused.
+    found = array
     with np.errstate(over="ignore"):
-        array = np.asarray(jnp.asarray(array))
+        array = np.asarray(jnp.asarray(found))
     bad = ~np.isfinite(array)
-    remedy = "training had diverged: take an earlier checkpoint, or measure the statistics anew"
+    remedy = why_not_finite(found, array)
     if positive and not bad.any():
         bad = array < 0
         remedy = "no variance is negative: is this another entry's value, such as a logarithm?"
     if bad.any():
         raise refusal(
             key,
-            f"is {array[bad][0]} for feature {np.flatnonzero(bad.ravel())[0]} of {array.size}",
+            f"is {found[bad][0]} for feature {np.flatnonzero(bad.ravel())[0]} of {array.size}",
             remedy,
         )
     return array
 
 
-def read_count(key: str, value: Any) -> np.ndarray:
-    """How many batches were seen: a non-negative integer, or one per feature, as int32.
+def why_not_finite(found: np.ndarray, array: np.ndarray) -> str:
+    """What to do about values that are not finite, in an array as found and as JAX takes it.
 
-    Raises:
-        CheckpointError: it is not, or is above 2,147,483,647.
-
-    >>> read_count("bn.num_batches_tracked", 7).tolist()
-    7
+    >>> half = np.array([np.inf], np.float16)
+    >>> why_not_finite(half, half)
+    'float16 holds no more than 65504: save the statistics in float32, or measure them anew'
     """
-    array = read_array(key, value)
-    limit = np.iinfo(np.int32).max
-    if not jnp.issubdtype(array.dtype, jnp.integer) or np.any((array < 0) | (array > limit)):
-        raise refusal(
-            key,
-            f"is {array} of dtype {array.dtype}",
-            f"a count of batches is an integer from 0 to {limit}; leave it out if it is unknown, "
-            "and give `count` instead",
+    most = float(jnp.finfo(array.dtype).max)
+    if np.isfinite(found).all():
+        return f"{array.dtype} holds no more than {most:.3g}: set jax_enable_x64, or rescale"
+    if most < 1e6 and not np.isnan(found).any():
+        return (
+            f"{found.dtype} holds no more than {most:.6g}: save the statistics in float32, or "
+            "measure them anew"
         )
-    return array.astype(np.int32)
-
-
-def read_layer(
-    values: Mapping[str, Any], keys: Mapping[str, str], *, count: Any = 0, vector: bool = True
-) -> tuple[BatchNormParams, BatchNormState]:
-    """Parameters and state of what was found.
-
-    float64 becomes float32 unless jax_enable_x64 is set; nothing else is rounded.
-
-    Args:
-        values: `mean`, `var`, and where they exist `scale`, `bias`.
-        keys: what each is called in the checkpoint, for messages; of `count` too.
-        count: how many batches, one number or one per feature.
-        vector: all must be of shape [features]; otherwise any shape that they share.
-
-    Raises:
-        CheckpointError: a value is malformed, or its shape differs from that of mean.
-
-    >>> params, state = read_layer({"mean": [0.5], "var": [2.0]}, {}, count=3)
-    >>> params, state.count.tolist()
-    (BatchNormParams(scale=None, bias=None), [3])
-    """
-    keys = {name: keys.get(name, name) for name in (*values, "count")}
-    arrays = {
-        name: None if value is None else read_statistic(keys[name], value, positive=name == "var")
-        for name, value in values.items()
-    }
-    arrays["count"] = read_count(keys["count"], count)
-    mean = arrays["mean"]
-    assert mean is not None
-    if vector and mean.ndim != 1:
-        raise refusal(
-            keys["mean"],
-            f"has shape {mean.shape}",
-            "one value per feature belongs here, of shape [features]: reshape it",
-        )
-    if arrays["count"].ndim == 0:
-        arrays["count"] = np.full(mean.shape, arrays["count"])
-    for name, array in arrays.items():
-        if array is not None and array.shape != mean.shape:
-            raise refusal(
-                keys[name],
-                f"has shape {array.shape}, but {keys['mean']} {mean.shape}",
-                "all hold one value per feature of one layer: are they of the same one?",
-            )
-    have = {name: None if array is None else jnp.asarray(array) for name, array in arrays.items()}
-    params = BatchNormParams(have.get("scale"), have.get("bias"))
-    return params, BatchNormState(have["mean"], have["var"], have["count"])  # pyright: ignore[reportArgumentType]
-
-
-class Values(NamedTuple):
-    """Our parameters and state as numpy, checked: what another library gets."""
-
-    scale: np.ndarray | None
-    bias: np.ndarray | None
-    mean: np.ndarray
-    var: np.ndarray
-    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-def read_ours(params: BatchNormParams, state: BatchNormState, *, vector: bool = True) -> Values:
-    """Our own values, checked likewise before another library gets them.
-
-    Raises:
-        CheckpointError: a value is malformed, or does not fit the others.
-
-    >>> import bn_jax as bn
-    >>> read_ours(*bn.init(2, use_bias=False)).count.tolist()
-    [0, 0]
-    """
-    values = {**params._asdict(), "mean": state.mean, "var": state.var}
-    keys = {name: f"{'params' if name in params._fields else 'state'}.{name}" for name in values}
-    params, state = read_layer(
-        values, keys | {"count": "state.count"}, count=state.count, vector=vector
-    )
-    return Values(
-        None if params.scale is None else np.array(params.scale),
-        None if params.bias is None else np.array(params.bias),
-        *map(np.array, state),  # copies, since torch.from_numpy wants them writable
-    )
+    return "training had diverged: take an earlier checkpoint, or measure the statistics anew"
 
 
 def read_mapping(key: str, value: Any, remedy: str) -> Mapping[Any, Any]:

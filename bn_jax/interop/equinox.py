@@ -26,17 +26,17 @@ from jax.typing import ArrayLike
 
 from bn_jax.core.averages import BatchNormState, DebiasedEma, check_decay
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import read_array, read_count, read_layer, refusal
+from bn_jax.interop.checks import read_array, refusal
+from bn_jax.interop.counts import LONG_SEEN, one_count, read_one_count
 from bn_jax.interop.settings import (
     Settings,
     as_settings,
-    check_remembered,
     debias,
     decay_of,
-    one_count,
     read_epsilon,
     read_outgoing,
 )
+from bn_jax.interop.values import read_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def from_equinox(
     layer: Any,
     state: Any,
     *,
-    count: int = 1,
+    count: int = LONG_SEEN,
     mend: bool = False,
     values_per_feature: float | None = None,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
@@ -77,7 +77,7 @@ def from_equinox(
         layer: the `equinox.nn.BatchNorm`, e.g. model.layers[1].
         state: the `equinox.nn.State` of the model.
         count: of batches with mode="ema", which only knows whether there was any; no matter to
-            `FirstThenEma` as long as it is not 0.
+            `FirstThenEma` as long as it is not 0. Other averages weigh the past by it.
         mend: of mode="batch", take out what its debiasing leaves of the initial variance. After
             few batches this subtracts nearly equal numbers: a variance v is good to about
             1e-7/(v·(1 - decayᵗ)) of itself.
@@ -104,7 +104,7 @@ def from_equinox(
     mode = kind(layer)
     decay = float(layer.momentum)
     if mode == "batch":
-        seen = int(read_count("batch_counter", stored(state, layer, "batch_counter")))
+        seen = read_one_count("batch_counter", stored(state, layer, "batch_counter"))
         hidden = stored(state, layer, "batch_state_index")
         hidden_mean, hidden_var = (
             read_array(f"batch_state_index[{i}]", value) for i, value in enumerate(pair(hidden))
@@ -153,7 +153,8 @@ def to_equinox(
         layer: an `equinox.nn.BatchNorm` made for them: momentum, eps, size and channelwise_affine
             must fit. equinox has both of weight and bias or neither: None becomes 1 or 0.
         layer_state: the `equinox.nn.State` of the model; used up, as by a call of the model.
-        count: of batches, where the state's is unknown (0) or differs between features.
+        count: of batches, where the state's differs between features, or is 0 although there are
+            statistics, which then count as long seen (`bn_jax.interop.counts.LONG_SEEN`).
         values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which
             equinox goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
 
@@ -163,7 +164,7 @@ def to_equinox(
 
     Raises:
         CheckpointError: a value is malformed; the layer is made for others; equinox has no such
-            average; counts differ, or are 0 although there are statistics.
+            average; counts differ.
         ValueError: values_per_feature is not above 1.
     """
     eqx: Any = importlib.import_module("equinox")
@@ -195,7 +196,6 @@ def to_equinox(
             (jnp.asarray(weight), jnp.asarray(bias)),
         )
     if mode == "batch":
-        check_remembered(seen, ours, "equinox")
         hidden = tuple(
             jnp.asarray(value * scale(wanted["momentum"], seen, value.dtype))
             for value in (ours.mean, ours.var)
@@ -269,11 +269,11 @@ def pair(value: Any) -> tuple[Any, Any]:
     >>> pair((1, 2))
     (1, 2)
     """
-    if not isinstance(value, tuple) or len(value) != 2:
+    if not isinstance(value, tuple | list) or len(value) != 2:
         raise refusal(
             "state", f"holds {type(value).__name__}, no pair", "is it a BatchNorm's (mean, var)?"
         )
-    return value
+    return value[0], value[1]
 
 
 def read_first(value: Any) -> np.ndarray:

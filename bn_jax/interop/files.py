@@ -6,6 +6,7 @@ They are refused before a byte of them is interpreted.
 
 import importlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,55 @@ REMEDY = (
 )
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+class Arrays(Mapping[str, np.ndarray]):
+    """The arrays of an open safetensors file, each read when it is asked for.
+
+    So a file of many gigabytes gives one batch norm at once, and one with a quantized weight, which
+    numpy cannot hold, gives all the others.
+
+    Args:
+        path: of the file, for messages.
+        file: what safetensors opened.
+    """
+
+    def __init__(self, path: Path, file: Any):
+        self.path, self.file = path, file
+        self.names = tuple(file.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One array.
+
+        Raises:
+            KeyError: the file has none of this name.
+            CheckpointError: numpy has no such dtype.
+        """
+        if name not in self.names:
+            raise KeyError(name)
+        try:
+            return self.file.get_tensor(name)
+        except (AttributeError, TypeError, ValueError) as error:
+            dtype = self.file.get_slice(name).get_dtype()
+            raise refusal(
+                f"{name} in {self.path}",
+                f"is of dtype {dtype}, which numpy has not",
+                "convert it to float32 by what wrote it, with its scale if it has one",
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_file(path: str | os.PathLike[str]) -> Arrays:
     """The arrays of a safetensors file, by name. Needs the extra `interop`.
 
     Args:
         path: must end in .safetensors.
+
+    Returns:
+        A mapping that reads each array when it is asked for; dict(read_file(path)) reads all.
 
     Raises:
         CheckpointError: the file is of another kind, by its name or its first bytes, or damaged.
@@ -50,7 +95,6 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             f"reading {path} needs safetensors: pip install safetensors, or bn-jax[interop]"
         ) from error
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return Arrays(path, safetensors.safe_open(path, framework="np"))
     except safetensors.SafetensorError as error:
         raise refusal(str(path), f"cannot be read ({error})", "get another copy") from error

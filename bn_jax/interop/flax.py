@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from bn_jax.core.averages import BatchNormState, Ema
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.interop.checks import (
-    Values,
-    read_layer,
     read_mapping,
     refusal,
     refuse_extra,
@@ -28,6 +26,7 @@ from bn_jax.interop.settings import (
     read_epsilon,
     read_outgoing,
 )
+from bn_jax.interop.values import Values, read_layer
 
 Path = str | tuple[str | int, ...]
 """The keys down to a layer, as a tuple or joined by slashes: "ResidualBlock_0/BatchNorm_0"."""
@@ -51,7 +50,8 @@ def from_flax(
         epsilon: likewise.
         count: how many batches were seen; None for `count` in the variables, which our layers keep
             if they have an average, or else 0. It matters for an average that depends on it, such
-            as `DebiasedEma`, which takes a state of count 0 for new.
+            as `DebiasedEma`. 0 is unknown: statistics that are not those of a new layer then count
+            as long seen (`bn_jax.interop.counts.LONG_SEEN`).
         values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
             core's convention; None copies flax's own. See `bn_jax.interop.settings`.
 
@@ -97,7 +97,7 @@ def from_flax(
     names = {field: f"{name}.{field}" for field in known}
     seen = found.get("count", 0) if count is None else count
     params, state = read_layer(values, names, count=seen, vector=False)
-    state, settings = as_settings(state, Ema(momentum), epsilon, values_per_feature)
+    state, settings = as_settings(state, Ema(float(momentum)), epsilon, values_per_feature)
     return params, state, settings
 
 

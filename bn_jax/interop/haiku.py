@@ -18,8 +18,6 @@ from bn_jax.core.averages import BatchNormState, DebiasedEma, Ema
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.interop.checks import (
     read_array,
-    read_count,
-    read_layer,
     read_mapping,
     read_statistic,
     refusal,
@@ -27,16 +25,16 @@ from bn_jax.interop.checks import (
     require,
     some,
 )
+from bn_jax.interop.counts import one_count, read_one_count
 from bn_jax.interop.settings import (
     Settings,
     as_settings,
-    check_remembered,
     debias,
     decay_of,
-    one_count,
     read_epsilon,
     read_outgoing,
 )
+from bn_jax.interop.values import read_layer
 
 
 def from_haiku(
@@ -97,8 +95,9 @@ def from_haiku(
         keys[field] = f"{ema}.average"
         found[field] = require(entry, "average", f"state[{ema!r}] needs it")
         counter = f"{ema}.counter"
-        counters[field] = read_count(counter, require(entry, "counter", f"state[{ema!r}] needs it"))
-        check_hidden(ema, entry, int(counters[field]), decay_rate, zero_debias)
+        seen = require(entry, "counter", f"state[{ema!r}] needs it")
+        counters[field] = read_one_count(counter, seen)
+        check_hidden(ema, entry, counters[field], decay_rate, zero_debias)
     if counters["mean"] != counters["var"]:
         raise refusal(
             f"{name}/~/var_ema.counter",
@@ -109,6 +108,7 @@ def from_haiku(
         field: None if value is None else squeeze(keys[field], value)
         for field, value in found.items()
     }
+    decay_rate = float(decay_rate)
     ours, memory = read_layer(flat, keys, count=counters["mean"])
     average = DebiasedEma(decay_rate) if zero_debias else Ema(decay_rate)
     memory, settings = as_settings(memory, average, eps, values_per_feature)
@@ -139,7 +139,8 @@ def to_haiku(
         name: of the BatchNorm.
         ndim: of the data it will see, whose rank its values have: 2 for [batch, features].
         axis: of the features in these data; 1 for data_format="channels_first".
-        count: of batches, where the state's is unknown (0) or differs between features.
+        count: of batches, where the state's differs between features, or is 0 although there are
+            statistics, which then count as long seen (`bn_jax.interop.counts.LONG_SEEN`).
         values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which haiku
             goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
 
@@ -149,8 +150,7 @@ def to_haiku(
         `hidden` is their product average·(1 - decayᵗ), rounded once.
 
     Raises:
-        CheckpointError: a value is malformed; haiku has no such average; counts differ, or are 0
-            although there are statistics.
+        CheckpointError: a value is malformed; haiku has no such average; counts differ.
         ValueError: values_per_feature is not above 1; axis is not one of ndim.
 
     >>> import bn_jax as bn
@@ -165,7 +165,6 @@ def to_haiku(
         params, state, settings, unbiased=False, values_per_feature=values_per_feature
     )
     decay, seen = decay_of(settings, "haiku"), one_count(ours.count, count)
-    check_remembered(seen, ours, "haiku")
     shape = [1] * ndim
     shape[axis] = len(ours.mean)
 
@@ -217,7 +216,10 @@ def check_hidden(
             "both are of one average: are they of one checkpoint?",
         )
     tolerance = max(1e-5, 16 * float(jnp.finfo(average.dtype).eps))
-    average, hidden = average.astype(np.float64), hidden.astype(np.float64)
+    average, hidden = (
+        value.astype(np.complex128 if np.iscomplexobj(value) else np.float64)
+        for value in (average, hidden)
+    )
     factor = 1 - decay**count if zero_debias and count else 1.0
     off = np.abs(hidden - average * factor) > tolerance * np.abs(average)
     if off.any():

@@ -5,14 +5,14 @@ spite of layers that keep a standard deviation elsewhere). `momentum` is our dec
 default, a hundred times ours; the running variance is biased; no count is kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bn_jax.core.averages import BatchNormState, Ema
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import read_layer, refusal, refuse_extra, require
+from bn_jax.interop.checks import refusal, refuse_extra, require, some
 from bn_jax.interop.settings import (
     Settings,
     as_settings,
@@ -20,6 +20,7 @@ from bn_jax.interop.settings import (
     read_epsilon,
     read_outgoing,
 )
+from bn_jax.interop.values import read_layer
 
 NAMES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 
@@ -38,15 +39,18 @@ def from_keras(
     """The weights of one BatchNormalization.
 
     Args:
-        weights: `layer.get_weights()`; or arrays or variables by name, where "bn/gamma" and
-            "bn/gamma:0" are read as gamma of the layer "bn".
-        prefix: the layer's name before the slash, if weights are by name.
+        weights: `layer.get_weights()`; or arrays or variables by name, nested or not: a variable's
+            path ("bn/gamma"), or an open HDF5 file's groups, as keras writes them to .h5
+            ("bn/bn/gamma:0") and .weights.h5 ("layers/bn/vars/0").
+        prefix: the layer's name, or as many names around it as tell it from others, if weights are
+            by name.
         scale: as the layer was made, needed for a list of three; None reads it off otherwise.
         center: likewise.
         momentum: as the layer was made.
         epsilon: likewise.
         count: how many batches were seen, which keras does not keep. It matters for an average that
-            depends on it, such as `DebiasedEma`, which takes a state of count 0 for new.
+            depends on it, such as `DebiasedEma`. 0 is unknown: statistics that are not those of a
+            new layer then count as long seen (`bn_jax.interop.counts.LONG_SEEN`).
         values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
             core's convention; None copies keras' own. See `bn_jax.interop.settings`.
 
@@ -67,6 +71,8 @@ def from_keras(
     """
     if isinstance(weights, Mapping):
         found = by_name(weights, prefix)
+        if found and all(name.isdigit() for name in found):
+            found = in_order(list(found.values()), scale, center)
     else:
         found = in_order(weights, scale, center)
     for name, wanted in (("gamma", scale), ("beta", center)):
@@ -85,7 +91,7 @@ def from_keras(
         "var": require(found, "moving_variance", remedy),
     }
     params, state = read_layer(values, NAMES, count=count)
-    state, settings = as_settings(state, Ema(momentum), epsilon, values_per_feature)
+    state, settings = as_settings(state, Ema(float(momentum)), epsilon, values_per_feature)
     return params, state, settings
 
 
@@ -139,27 +145,65 @@ def to_keras(
 
 
 def by_name(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Weights by their last name, of the layer that prefix names.
+    """Weights by their last name, of the one layer that prefix names; in a list if by numbers.
 
     Raises:
-        CheckpointError: some are no batch norm's.
+        CheckpointError: some are no batch norm's, or of several layers.
 
     >>> by_name({"bn/gamma:0": 1, "dense/kernel:0": 2}, "bn")
     {'gamma': 1}
+    >>> by_name({"model_weights": {"bn": {"net": {"bn": {"gamma:0": 1}}}}}, "bn")
+    {'gamma': 1}
+    >>> by_name({"layers/bn/vars/1": 2, "layers/bn/vars/0": 1}, "bn")
+    {'0': 1, '1': 2}
     """
-    start = f"{prefix.removesuffix('/')}/" if prefix else ""
-    found = {
-        key.removeprefix(start).split(":")[0]: value
-        for key, value in weights.items()
-        if key.startswith(start)
-    }
+    wanted = tuple(prefix.strip("/").split("/")) if prefix else ()
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, value in sorted(leaves(weights), key=lambda leaf: leaf[0]):
+        *group, name = path
+        starts = range(len(group) - len(wanted) + 1)
+        if any(tuple(group[at : at + len(wanted)]) == wanted for at in starts):
+            groups.setdefault(tuple(group), {})[name.split(":")[0]] = value
+    if len(groups) > 1:
+        names = some("/".join(group) for group in groups)
+        raise refusal(
+            f"prefix {prefix!r}",
+            f"fits the weights of {names}",
+            "give one of these as prefix, or as much of it as the others do not have",
+        )
+    found = next(iter(groups.values()), {})
+    if not found and wanted:
+        names = some(dict.fromkeys("/".join(path[:-1]) for path, _ in leaves(weights)))
+        raise refusal(
+            f"prefix {prefix!r}",
+            f"fits none of {names}",
+            "give the layer's name as it stands between two slashes there",
+        )
+    if all(name.isdigit() for name in found):
+        return dict(sorted(found.items(), key=lambda item: int(item[0])))
     refuse_extra(
         found,
         NAMES.values(),
-        "give the layer's name as prefix. The weights of renorm=True (moving_stddev, renorm_mean, "
-        "renorm_stddev) have no counterpart here: leave them out, evaluation does not use them",
+        f"{'/'.join(next(iter(groups)))!r} is no BatchNormalization: give the name of one as "
+        "prefix. The weights of renorm=True (moving_stddev, renorm_mean, renorm_stddev) have no "
+        "counterpart here: leave them out, evaluation does not use them",
     )
     return found
+
+
+def leaves(weights: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every array with the names that lead to it.
+
+    >>> list(leaves({"a/b": {"c": 1}}))
+    [(('a', 'b', 'c'), 1)]
+    """
+    if isinstance(weights, Mapping):
+        for name, value in weights.items():
+            names = (*path, *str(name).strip("/").split("/"))
+            known = names[-1].split(":")[0] in NAMES.values()  # whatever it holds
+            yield from [(names, value)] if known else leaves(value, names)
+    else:
+        yield path, weights
 
 
 def in_order(weights: Sequence[Any], scale: bool | None, center: bool | None) -> dict[str, Any]:

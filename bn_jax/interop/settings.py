@@ -33,7 +33,8 @@ import numpy as np
 
 from bn_jax.core.averages import Average, BatchNormState
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import Values, read_ours, refusal, some
+from bn_jax.interop.checks import refusal
+from bn_jax.interop.values import Values, read_ours
 
 
 class Settings(TypedDict):
@@ -164,51 +165,6 @@ def decay_of(settings: Settings, library: str) -> float:
             "choose how it shall go on, e.g. settings | {'average': bn_jax.Ema(0.99)}",
         )
     return float(decay)
-
-
-def one_count(count: np.ndarray, given: int | None = None) -> int:
-    """One count for a library that keeps no count per feature.
-
-    Args:
-        count: one per feature.
-        given: goes before.
-
-    Raises:
-        CheckpointError: features differ, because some have skipped batches.
-
-    >>> one_count(np.array([3, 3])), one_count(np.array([3, 4]), given=4)
-    (3, 4)
-    """
-    if given is not None:
-        return given
-    if np.ptp(count) if count.size else 0:
-        raise refusal(
-            "state.count",
-            f"differs between features, {some(np.unique(count).tolist())}",
-            "the other library keeps one number for all: give it as count=, e.g. the largest",
-        )
-    return int(count.flat[0]) if count.size else 0
-
-
-def check_remembered(count: int, ours: Values, library: str) -> None:
-    """Refuse statistics without a count where the count decides what they weigh.
-
-    A debiased average gives the past no weight at count 0. A state from a library without counts,
-    such as keras, would be forgotten by the first step of training.
-
-    Raises:
-        CheckpointError: count is 0, but mean is not 0, or var neither 1 nor, as haiku starts, 0.
-
-    >>> check_remembered(0, Values(None, None, np.zeros(3), np.ones(3), np.zeros(3)), "haiku")
-    """
-    if count == 0 and (np.any(ours.mean) or np.any((ours.var != 1) & (ours.var != 0))):
-        raise refusal(
-            "state.count",
-            "is 0, though there are statistics",
-            f"{library} divides by 1 - decayᵗ and would forget these statistics in its next "
-            "training step: give the number of batches they have seen as count=, any large one "
-            "(100_000) if that is unknown",
-        )
 
 
 def debias(decay: float, count: int, dtype: Any) -> np.ndarray:

@@ -14,15 +14,16 @@ import numpy as np
 
 from bn_jax.core.averages import Average, BatchNormState, CumulativeAverage, Ema
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import read_layer, read_mapping, refuse_extra, require, some
+from bn_jax.interop.checks import read_mapping, refuse_extra, require, some
+from bn_jax.interop.counts import one_count
 from bn_jax.interop.files import read_file
 from bn_jax.interop.settings import (
     Settings,
     decay_of,
-    one_count,
     read_epsilon,
     read_outgoing,
 )
+from bn_jax.interop.values import read_layer
 
 NAMES = {
     "scale": "weight",
@@ -53,7 +54,9 @@ def from_torch(
         momentum: as the layer was made; it is not in a state_dict. None averages all batches alike.
         eps: as the layer was made; likewise.
         count: where `num_batches_tracked` is absent, as in files older than torch 0.4.1. It matters
-            for momentum=None only, where it is the weight of the past.
+            for an average that depends on it, such as momentum=None. If either is 0, statistics
+            that are not those of a new layer count as long seen
+            (`bn_jax.interop.counts.LONG_SEEN`), so that the first batch does not replace them.
 
     Returns:
         (params, state, settings): scale or bias are None where weight or bias are absent; the
@@ -80,7 +83,7 @@ def from_torch(
     names = {field: join(prefix, name) for field, name in NAMES.items()}
     start = join(prefix, "")
     refuse_extra(
-        (key for key in state_dict if key.startswith(start)),
+        (key for key in map(str, state_dict) if key.startswith(start)),
         names.values(),
         f"give the name of one batch norm as prefix; these have statistics: {layers(state_dict)}",
     )
@@ -184,7 +187,8 @@ def layers(state_dict: Mapping[str, Any]) -> str:
     "'bn1'"
     """
     ending = "running_mean"
-    return some(k.removesuffix(ending).removesuffix(".") for k in state_dict if k.endswith(ending))
+    keys = [key for key in map(str, state_dict) if key.endswith(ending)]
+    return some(key.removesuffix(ending).removesuffix(".") for key in keys)
 
 
 def average_of(momentum: float | None) -> Average:
@@ -198,6 +202,7 @@ def average_of(momentum: float | None) -> Average:
     """
     if momentum is None:
         return CumulativeAverage()
+    momentum = float(momentum)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum={momentum} is outside of [0, 1]; torch's default is 0.1")
     return Ema(1 - momentum)

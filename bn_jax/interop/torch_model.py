@@ -20,7 +20,6 @@ import numpy as np
 
 from bn_jax.interop.checks import (
     read_mapping,
-    read_ours,
     read_statistic,
     refusal,
     refuse_extra,
@@ -31,6 +30,7 @@ from bn_jax.interop.files import read_file
 from bn_jax.interop.flax import keys_of, nest, variables_of
 from bn_jax.interop.settings import Settings, read_epsilon
 from bn_jax.interop.torch import REMEDY, average_of, from_torch, join
+from bn_jax.interop.values import read_ours
 
 
 def from_torch_model(
@@ -86,9 +86,7 @@ def from_torch_model(
     settings = Settings(average=average_of(momentum), epsilon=read_epsilon(eps), unbiased=True)
     variables: dict[str, Any] = {"params": {}}
     for theirs, ours in names.items():
-        layer = {
-            key: value for key, value in state_dict.items() if key.startswith(join(theirs, ""))
-        }
+        layer = {key: state_dict[key] for key in state_dict if key.startswith(join(theirs, ""))}
         if join(theirs, "running_mean") in layer:
             params, state, _ = from_torch(layer, theirs, momentum=momentum, eps=eps)
             part = variables_of(read_ours(params, state), ours, count=count)
@@ -161,8 +159,8 @@ def check_names(
 
     >>> check_names({"fc.weight": 0}, {"fc": "Dense_0"}, {})
     """
-    prefixes = {key.rpartition(".")[0] for key in state_dict}
-    for key in state_dict:
+    prefixes = {key.rpartition(".")[0] for key in map(str, state_dict)}
+    for key in map(str, state_dict):
         if key.rpartition(".")[0] not in names:
             raise refusal(
                 key,

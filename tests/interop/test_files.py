@@ -85,6 +85,38 @@ def test_half_precision_is_read(tmp_path):
     assert read["b"].dtype == np.float16
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_a_dtype_that_numpy_has_not_stops_only_who_asks_for_it(tmp_path, dtype):
+    numpy = pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "m.safetensors"
+    numpy.save_file(STATE | {"conv.weight": np.zeros(4, np.uint8)}, path)
+    content = path.read_bytes()  # in the header, spaces may follow what it says
+    path.write_bytes(content.replace(b'"U8"', f'"{dtype}"'.encode(), 1))
+    header = path.read_bytes()
+    size = int.from_bytes(content[:8], "little") + len(header) - len(content)
+    path.write_bytes(size.to_bytes(8, "little") + header[8:])
+    _, state, _ = from_torch(path, "bn")
+    assert state.mean.tolist() == [0, 1, 2]
+    names = {"bn": "BatchNorm_0", "conv": "Conv_0"}
+    with pytest.raises(CheckpointError, match=f"conv.weight in .* is of dtype {dtype}, which"):
+        from_torch_model(path, names)
+
+
+def test_arrays_are_a_mapping_that_reads_when_asked(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "m.safetensors"
+    numpy.save_file(STATE, path)
+    arrays = read_file(path)
+    assert len(arrays) == 3
+    assert set(arrays) == set(STATE)
+    assert "bn.weight" not in arrays
+    with pytest.raises(KeyError):
+        arrays["bn.weight"]
+    assert {key: value.tolist() for key, value in dict(arrays).items()} == {
+        key: value.tolist() for key, value in STATE.items()
+    }
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "m.safetensors"

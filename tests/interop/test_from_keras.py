@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.interop.keras import from_keras, to_keras
+from bn_jax.interop.checks import CheckpointError
+from bn_jax.interop.keras import by_name, from_keras, to_keras
 from tests.interop.follow import FEATURES, assert_same, batches, follow, targets, vectors
 
 WEIGHTS = dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), vectors(), strict=True))
@@ -41,6 +42,54 @@ def test_names_of_a_whole_model(ending):
     theirs = {f"net/bn/{key}{ending}": value for key, value in WEIGHTS.items()}
     theirs |= {"net/bn_1/gamma": WEIGHTS["beta"], "net/dense/kernel": np.ones((2, 2))}
     assert_same(from_keras(theirs, "net/bn")[0].scale, WEIGHTS["gamma"])
+
+
+FILES = {
+    "keras 2, .h5": lambda layer, key, n: f"model_weights/{layer}/{layer}/{key}:0",
+    "keras 3, .h5": lambda layer, key, n: f"model_weights/{layer}/net/{layer}/{key}",
+    "keras 3, .weights.h5": lambda layer, key, n: f"layers/{layer}/vars/{n}",
+}
+
+
+@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize("nest", [False, True])
+def test_names_of_a_file(form, nest):
+    """As they stand in the file, flat or nested as h5py opens it."""
+    theirs = {}
+    for layer, values in (("bn", WEIGHTS), ("bn_1", dict.fromkeys(WEIGHTS, np.ones(FEATURES)))):
+        for n, (key, value) in enumerate(values.items()):
+            theirs[FILES[form](layer, key, n)] = value
+    theirs[FILES[form]("dense", "kernel", 0)] = np.ones((2, 2))
+    if nest:
+        tree = {}
+        for names, value in theirs.items():
+            *path, last = names.split("/")
+            branch = tree
+            for name in path:
+                branch = branch.setdefault(name, {})
+            branch[last] = value
+        theirs = tree
+    params, state, _ = from_keras(theirs, "bn")
+    ours = (*params, state.mean, state.var)
+    for value, key in zip(ours, WEIGHTS, strict=True):
+        assert_same(value, WEIGHTS[key])
+    with pytest.raises(CheckpointError, match=r"prefix '': fits the weights of '.*/bn.*/bn_1"):
+        from_keras(theirs)
+    with pytest.raises(CheckpointError, match=r"prefix 'b': fits none of .*/bn"):
+        from_keras(theirs, "b")
+
+
+def test_more_names_tell_layers_of_one_name_apart():
+    theirs = {f"{net}/bn/{key}": v for net in ("a", "b") for key, v in WEIGHTS.items()}
+    theirs["a/bn/gamma"] = WEIGHTS["beta"]
+    assert_same(from_keras(theirs, "a/bn")[0].scale, WEIGHTS["beta"])
+    assert_same(from_keras(theirs, "/b/bn/")[0].scale, WEIGHTS["gamma"])
+    with pytest.raises(CheckpointError, match="fits the weights of 'a/bn', 'b/bn'; give one"):
+        from_keras(theirs, "bn")
+
+
+def test_ten_numbered_weights_are_in_order():
+    assert list(by_name({f"bn/vars/{n}": n for n in (10, 2, 0)}, "bn").values()) == [0, 2, 10]
 
 
 def test_the_core_convention_needs_m():
@@ -105,6 +154,23 @@ def test_ours_goes_on_where_keras_is_and_back(lenient, arguments):
             batches(2, shape, seed=5, axis=axis), axis=axis,
             read=lambda each=each: (each.moving_mean.value, each.moving_variance.value),
         )  # fmt: skip
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # keras' own
+@pytest.mark.parametrize(("name", "prefix"), [("m.h5", "bn"), ("m.weights.h5", "")])
+def test_keras_own_files_are_read(lenient, tmp_path, name, prefix):
+    h5py = pytest.importorskip("h5py")
+    layer = keras_layer((32, FEATURES), name="bn", scale=False)
+    train_keras(layer, batches(2))
+    keras = pytest.importorskip("keras")
+    model = keras.Sequential([keras.Input((FEATURES,)), layer])
+    (model.save_weights if "weights" in name else model.save)(tmp_path / name)
+    with h5py.File(tmp_path / name) as file:
+        params, state, _ = from_keras(file, prefix, scale=False)
+    assert_same(state.var, layer.moving_variance.value)
+    assert params.scale is None
+    assert_same(params.bias, layer.beta.value)
 
 
 @pytest.mark.peer

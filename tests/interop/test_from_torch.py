@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.interop.torch import from_torch, to_torch
+from bn_jax.interop.counts import LONG_SEEN
+from bn_jax.interop.torch import average_of, from_torch, to_torch
 from tests.interop.follow import FEATURES, assert_same, batches, follow, targets, vectors
 
 
@@ -49,9 +50,9 @@ def test_a_layer_of_a_whole_model_is_named():
     assert from_torch(theirs, "a.")[1].count.tolist() == [3] * FEATURES
 
 
-def test_without_a_count_it_is_asked_for():
+def test_without_a_count_it_is_the_one_given():
     theirs = state_dict(tracked=None)
-    assert from_torch(theirs)[1].count.tolist() == [0] * FEATURES
+    assert from_torch(theirs)[1].count.tolist() == [LONG_SEEN] * FEATURES
     assert from_torch(theirs, count=7)[1].count.tolist() == [7] * FEATURES
 
 
@@ -139,11 +140,27 @@ def test_torch_tensors_round_trip_to_the_bit():
 
 
 @pytest.mark.peer
-def test_bfloat16_tensors_stay_as_they_are():
+def test_bfloat16_tensors_are_exact():
+    """Parameters as they are, statistics in float32, where small steps are not lost."""
     torch, layer = torch_layer(2, (32, FEATURES))
     params, state, _ = from_torch(layer.to(torch.bfloat16).state_dict())
-    assert params.scale.dtype == state.mean.dtype == jnp.bfloat16
-    assert_same(state.mean.astype(jnp.float32), layer.running_mean.float().numpy())
+    assert params.scale.dtype == jnp.bfloat16
+    assert_same(state.mean, layer.running_mean.float().numpy())
+
+
+@pytest.mark.peer
+def test_a_lazy_conjugate_is_resolved():
+    torch = pytest.importorskip("torch")
+    mean = torch.tensor([1 + 2j]).conj()
+    assert mean.is_conj()
+    _, state, _ = from_torch({"running_mean": mean, "running_var": torch.ones(1)})
+    assert state.mean.tolist() == [1 - 2j]
+
+
+def test_a_momentum_of_numpy_is_a_plain_number():
+    average = average_of(np.float32(0.25))
+    assert average == bn.Ema(0.75)
+    assert type(average.decay) is float
 
 
 def test_double_precision_stays_where_it_is_enabled(x64):

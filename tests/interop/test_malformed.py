@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.interop.checks import CheckpointError
+from bn_jax.interop.checks import CheckpointError, read_statistic, some
+from bn_jax.interop.counts import LONG_SEEN, read_count, read_one_count
 from bn_jax.interop.equinox import from_equinox
 from bn_jax.interop.flax import from_flax, to_flax
 from bn_jax.interop.haiku import from_haiku, to_haiku
@@ -41,6 +42,8 @@ BAD = {
     "text": ("1, 2, 3", "is str, not an array"),
     "a dict": ({"a": 1}, "is dict of dtype object"),
     "ragged rows": ([[1.0], [1.0, 2.0]], "is no array"),
+    "masked": (np.ma.array(FLOATS, mask=[0, 1, 0]), "has 1 masked values of 3; .*filled"),
+    "time spans": (FLOATS.astype("m8[s]"), r"of dtype timedelta64"),
 }
 NEGATIVE = np.array([1, -1e-3, 1], np.float32)
 
@@ -128,6 +131,117 @@ def test_a_bad_value_is_refused_by_its_key(library, field, bad):
     assert not SPRUNG
 
 
+@pytest.mark.parametrize("field", ["mean", "var"])
+@pytest.mark.parametrize("library", FROM)
+def test_none_is_no_statistic(library, field):
+    make, keys = FROM[library]
+    with pytest.raises(CheckpointError, match=f"{keys[field]}: is None; an array of numbers"):
+        make(**good() | {field: None})()
+
+
+@pytest.mark.parametrize("library", FROM)
+def test_a_complex_variance_is_refused(library):
+    make, keys = FROM[library]
+    with pytest.raises(CheckpointError, match="has dtype complex64; one number") as caught:
+        make(**good() | {"var": FLOATS.astype(np.complex64)})()
+    assert keys["var"] in str(caught.value)
+    _, state, _ = make(**good() | {"mean": FLOATS.astype(np.complex64)})()
+    assert state.mean.dtype == jnp.complex64
+
+
+TAKEN = {
+    "the other order of bytes": FLOATS.astype(FLOATS.dtype.newbyteorder()),
+    "long double": FLOATS.astype(np.longdouble),
+    "a list": [1.0, 1, np.float32(1)],
+    "a list of arrays": [jnp.float32(1), np.ones(()), 1.0],
+    "a mask that masks nothing": np.ma.array(FLOATS, mask=[0, 0, 0]),
+    "a stride": np.ones(6, np.float32)[::2],
+    "float16": FLOATS.astype(np.float16),
+    "bfloat16": FLOATS.astype(jnp.bfloat16),
+    "float8": FLOATS.astype(jnp.float8_e5m2),
+}
+
+
+@pytest.mark.parametrize("form", TAKEN)
+def test_numbers_in_any_form_are_taken(form):
+    """The statistics in float32 at least, which holds all of them exactly."""
+    for make, _ in (FROM["torch"], FROM["keras"]):
+        params, state, _ = make(**dict.fromkeys(good(), TAKEN[form]))()
+        for value in (*params, state.mean, state.var):
+            np.testing.assert_array_equal(np.asarray(value, np.float32), FLOATS)
+        assert state.mean.dtype == state.var.dtype == np.float32
+
+
+def test_long_double_keeps_double_where_it_is_enabled(x64):
+    for wide, double in ((np.longdouble, np.float64), (np.clongdouble, np.complex128)):
+        read = read_statistic("mean", np.ones(2, wide) + 1e-15)
+        assert read.dtype == double
+        np.testing.assert_array_equal(read, 1 + 1e-15)
+
+
+@pytest.mark.parametrize(("dtype", "value", "message"), [
+    (np.float16, np.inf, "is inf for .*float16 holds no more than 65504: save .* in float32"),
+    (np.float16, np.nan, "is nan for .*diverged"),
+    (np.float32, np.inf, "is inf for .*diverged"),
+    (jnp.bfloat16, np.inf, "is inf for .*diverged"),
+    (np.float64, 1e300, r"is 1e\+300 for .*float32 holds no more than 3.4e\+38: set"),
+    (np.float64, np.inf, "is inf for .*diverged"),
+])  # fmt: skip
+def test_what_does_not_fit_has_not_diverged(dtype, value, message):
+    """A variance of 1e5 is nothing bad in float32, and infinity in float16."""
+    with pytest.raises(CheckpointError, match=message):
+        torch_of(**good() | {"var": np.array([1, value, 1]).astype(dtype)})()
+
+
+# Statistics that were loaded have been seen: their count is not 0, whatever the file says.
+
+
+LOADED = {"mean": np.full(3, 5, np.float32), "var": np.full(3, 4, np.float32)}
+
+
+@pytest.mark.parametrize("library", ["torch", "keras", "haiku", "flax", "equinox"])
+@pytest.mark.parametrize("average", [bn.DebiasedEma(0.99), bn.CumulativeAverage()])
+def test_loaded_statistics_survive_the_first_step(library, average):
+    make, _ = FROM[library]
+    params, state, settings = make(**good() | LOADED)()
+    x = jnp.array([[0.0], [2.0]]) * jnp.ones((2, 3))
+    _, after = bn.batch_norm(x, params, state, train=True, **settings | {"average": average})
+    assert (after.mean >= 0.99 * 5 - 1e-5).all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_count_of_zero_beside_statistics_is_no_count(momentum):
+    bare = {"running_mean": LOADED["mean"], "running_var": LOADED["var"]}
+    for found in (bare, bare | {"num_batches_tracked": np.array(0)}):
+        _, state, _ = from_torch(found, momentum=momentum)
+        assert state.count.tolist() == [LONG_SEEN] * 3
+        assert from_torch(bare, momentum=momentum, count=7)[1].count.tolist() == [7] * 3
+    new = {"running_mean": np.zeros(3), "running_var": np.ones(3), "num_batches_tracked": 0}
+    assert from_torch(new)[1].count.tolist() == [0] * 3
+
+
+def test_of_counts_per_feature_each_is_looked_at():
+    stats = {"mean": np.zeros(4), "var": np.array([1.0, 0, 4, 4]), "count": np.array([0, 0, 0, 3])}
+    assert from_flax({"batch_stats": stats})[1].count.tolist() == [0, 0, LONG_SEEN, 3]
+
+
+def test_a_count_is_a_whole_number_up_to_int32():
+    most = np.iinfo(np.int32).max
+    assert read_count("count", np.array(most, ">i8")).tolist() == most
+    assert read_count("count", 0).dtype == np.int32
+    with pytest.raises(CheckpointError, match="count: is 2147483648"):
+        read_count("count", most + 1)
+    with pytest.raises(CheckpointError, match=r"timedelta64.*not an array of numbers"):
+        read_count("count", np.timedelta64(3, "s"))
+    with pytest.raises(CheckpointError, match=r"counter: has shape \(2,\); one number"):
+        read_one_count("counter", [3, 3])
+
+
+def test_lists_in_messages_have_as_many_as_fit():
+    assert some("abcdef") == "'a', 'b', 'c', 'd', 'e', 'f'"
+    assert some("abcdefg").endswith("'f' and 1 more")
+
+
 @pytest.mark.parametrize("library", FROM)
 def test_a_negative_variance_is_refused(library):
     make, keys = FROM[library]
@@ -182,7 +296,7 @@ def entries(count=7):
                         decay_rate=0.9), "b/~/mean_ema: is ndarray, no mapping"),
     (lambda: from_haiku(b"", {}, decay_rate=0.9), "params: is bytes, no mapping"),
     (lambda: from_flax(b"batch_stats"), "variables: is bytes, no mapping.*unpickled"),
-    (lambda: from_keras([FLOATS, np.array([1, 1e300, 1])]), "is inf for feature 1"),
+    (lambda: from_torch({0: FLOATS}), "'0': is no entry of a batch norm"),
     (lambda: from_haiku({"b": {"w": FLOATS}}, {}, "b", decay_rate=0.9), "'w': is no entry"),
     (lambda: from_flax({"params": {}}), "batch_stats: is missing"),
     (lambda: from_flax({"batch_stats": {"a": {}}}, "b/c"), "batch_stats/b: is missing among 'a'"),
@@ -225,6 +339,16 @@ def test_our_own_state_is_checked_before_it_is_written(library, field, value, me
     params, state = bn.init(3)
     with pytest.raises(CheckpointError, match=message):
         TO[library](params, state._replace(**{field: value}), SETTINGS)
+
+
+@pytest.mark.parametrize("library", TO)
+def test_what_is_written_is_ours_and_in_order(library):
+    params, state = bn.init(3)
+    with pytest.raises(TypeError, match=r"params is BatchNormState, but must .* in this order"):
+        TO[library](state, params, SETTINGS)
+    for field in ("mean", "var", "count"):
+        with pytest.raises(CheckpointError, match=f"state.{field}: is None"):
+            TO[library](params, state._replace(**{field: None}), SETTINGS)
 
 
 @pytest.mark.parametrize("library", TO)
