@@ -32,7 +32,7 @@ def default_cache_dir() -> Path:
         from pooch import os_cache
     except ImportError as error:
         raise ImportError(
-            "bn_jax.data needs pooch to find a place for its cache: pip install 'bn-jax[data]', "
+            "bn_jax.data needs pooch to find a place for its cache: pip install pooch rich, "
             f"set {CACHE_VARIABLE} to a folder, or name a folder that has the files: data_dir"
         ) from error
     return Path(os_cache("bn_jax"))

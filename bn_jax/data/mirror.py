@@ -60,7 +60,7 @@ class Mirror:
         try:
             from pooch import HTTPDownloader
         except ImportError as error:
-            raise Unavailable("pooch is not installed: pip install 'bn-jax[data]'") from error
+            raise Unavailable("pooch is not installed: pip install pooch rich") from error
         url = f"{self.url}{file.name}.gz"
         buffer = _BoundedBuffer(file.gzip_limit, url)
         with transfer_bar(file.name, enabled=self.progress) as bar, ExitStack() as responses:

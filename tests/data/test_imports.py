@@ -27,5 +27,5 @@ def test_the_test_above_can_fail():
 def test_without_pooch_the_place_of_the_cache_is_unknown(monkeypatch):
     monkeypatch.delenv("BN_JAX_CACHE", raising=False)
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(ImportError, match=r"pip install 'bn-jax\[data\]'.*BN_JAX_CACHE.*data_dir"):
+    with pytest.raises(ImportError, match=r"pip install pooch.*BN_JAX_CACHE.*data_dir"):
         default_cache_dir()

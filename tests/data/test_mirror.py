@@ -145,7 +145,7 @@ def test_wrong_bytes_do_not_pass(server, file, content, bad, message):
 
 def test_without_pooch_the_remedy_is_named(monkeypatch, file):
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(Unavailable, match="pip install 'bn-jax\\[data\\]'"):
+    with pytest.raises(Unavailable, match="pip install pooch"):
         Mirror("https://mirror.invalid/").read(file)
 
 
