@@ -60,7 +60,7 @@ def layer_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Error against mean/std, a panel per quantity, a line per layer; our bar dotted.
+    """Error against mean/std, a panel per quantity, a line per layer; our target dotted.
 
     Where two lines fall on one another, one is dashed, so that both are seen.
     """
@@ -85,7 +85,7 @@ def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             if name == OURS:
                 offsets = [max(r["offset"], 0.1) for r in chosen]
                 bars = [r["bar"] for r in chosen]
-                panel.plot(offsets, bars, "k:", linewidth=1.5, label="our bar")
+                panel.plot(offsets, bars, "k:", linewidth=1.5, label="our target")
         panel.set_xscale("log")
         panel.set_xticks([0.1, 1, 1e2, 1e4], ["0", "1", "10²", "10⁴"])
         panel.set_yscale("log")
