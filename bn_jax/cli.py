@@ -1,15 +1,19 @@
 """The command line: `bn-jax train`, `evaluate` and `bench`, also as `python -m bn_jax`.
 
-A command is a function; its arguments, types and docstring are its flags and its help.
+A command is a function; its arguments, types and docstring are its flags and its help. It imports
+what takes long itself, under a line that says so, so that help and mistakes answer at once.
 """
 
 import _thread
+import importlib.metadata
+import inspect
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,37 +27,55 @@ except ModuleNotFoundError as error:
         f"bn-jax needs {error.name} to train; install it with: pip install 'bn-jax[train]'"
     ) from error
 
+from bn_jax import __version__, hints
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.launch import ALONE, Launch
+from bn_jax.train.settings import (
+    DataSettings,
+    ModelSettings,
+    NormalizationSettings,
+    OptimizerSettings,
+    RunSettings,
+    unset,
+)
 
-app = tyro.extras.SubcommandApp()
 stderr = Console(stderr=True)
 stdout = Console()
 
 
-@app.command
 def train(
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
-    launch: Annotated[Launch, tyro.conf.arg(name="")] = ALONE,
+    data: DataSettings,
+    model: ModelSettings,
+    normalization: NormalizationSettings,
+    optimizer: OptimizerSettings,
+    run: RunSettings,
+    launch: Launch = ALONE,
 ) -> None:
     """Train with batch norm and without, on MNIST, and compare.
 
-    By default the paper's experiment: 3 hidden layers of 100 sigmoids, 50,000 steps of 60
-    examples. Shows progress, prints a table, and leaves config.json, metrics.jsonl, summary.json,
-    curves.png and checkpoints in the run's folder.
+    - By default the paper's experiment: 50,000 steps of 60 examples for each.
+    - Shows progress, then a table of accuracies and speed.
+    - Leaves curves.png, metrics.jsonl, summary.json, config.json and checkpoints
+      in the run's folder.
     """
-    from bn_jax.train.company import run_in_company
-    from bn_jax.train.device import choose_device, split_cpu
-    from bn_jax.train.experiment import Interrupted, run_experiment
-
+    groups = (data, model, normalization, optimizer, run)
+    config = TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
+    hints.check_used(config.unused, sys.argv[2:])
     launch = launch.with_environment(os.environ)
-    # Of what it also raises, orbax logs pages.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    quiet_orbax()
+    with stdout.status("loading JAX"):
+        from bn_jax.train.company import run_in_company
+        from bn_jax.train.device import choose_device, split_cpu
+        from bn_jax.train.experiment import Interrupted, run_experiment
+
+        if launch.is_alone:
+            split_cpu(config.devices)
+            choose_device(config.device)
     if not launch.is_alone:
+        if stdout.is_terminal:
+            stdout.print("waiting for the other processes")
         run_in_company(config, launch, stdout)
         return
-    split_cpu(config.devices)
-    choose_device(config.device)
     try:
         run_experiment(config, stdout)
     except Interrupted as stop:
@@ -61,59 +83,114 @@ def train(
         raise SystemExit(130) from None
 
 
-@app.command
-def evaluate(run: tyro.conf.Positional[Path], data_dir: Path | None = None) -> None:
-    """Score a run's newest checkpoints on the test set, by their running statistics.
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
+) -> None:
+    """Score a run's newest checkpoints on the test set.
 
     Args:
-        run: The run's folder.
-        data_dir: The folder with the data set's files, if no longer where the run had it.
+        run: The run's folder, e.g. runs/2026-01-31-120000.
+        data_dir: The folder with the data set's files.
     """
-    from rich.table import Table
+    quiet_orbax()
+    with stdout.status("loading JAX") as status:
+        from rich.table import Table
 
-    from bn_jax.train.display import TITLES
-    from bn_jax.train.experiment import evaluate_run
-    from bn_jax.train.run_folder import RunFolder
+        from bn_jax.train.display import TITLES
+        from bn_jax.train.experiment import evaluate_run
+        from bn_jax.train.run_folder import RunFolder
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+        status.update("scoring the test set")
+        results = evaluate_run(RunFolder(run), data_dir)
     table = Table("", "step", "test accuracy", title=str(run), title_justify="left")
-    for arm, row in evaluate_run(RunFolder(run), data_dir).items():
+    for arm, row in results.items():
         table.add_row(TITLES[arm], f"{row['step']:,}", f"{row['test_accuracy']:.4f}")
     stdout.print(table)
 
 
-@app.command
 def bench(
     suite: Literal[
         "all", "accuracy", "layer", "train-step", "memory", "compile", "scaling", "fold"
     ] = "all",
     turns: int = 15,
-    output_dir: Path | None = None,
-    data_dir: Path | None = None,
+    output_dir: Annotated[Path | None, unset("PATH", "runs/bench-DATE-TIME")] = None,
+    data_dir: Annotated[Path | None, unset("PATH", "fetch them once, and cache them")] = None,
 ) -> None:
     """Measure speed, accuracy and memory against the peers that are installed.
 
-    Prints tables with bars, and leaves bench.json and plots in a folder. Exits with 1 where our
-    accuracy falls short of its bars.
+    - Prints tables with bars, and leaves bench.json and plots in a folder.
+    - accuracy: errors against float64; exits with 1 where ours miss their bars
+    - layer, train-step: the time of one layer, and of a step of training
+    - memory, compile: what the backward pass keeps, and how long compiling takes
+    - scaling: traffic between devices
+    - fold: the time that folding saves at inference
 
     Args:
-        suite: What to measure: one layer's time, a training step's, errors against float64,
-            memory for the backward pass, compile time, traffic between devices, what folding saves.
+        suite: What to measure.
         turns: How many times each contender's turn comes, where time is measured.
-        output_dir: Where to leave the results; by default bench-<date and time> under runs.
-        data_dir: A folder with MNIST's files, for train-step.
+        output_dir: Where to leave the results.
+        data_dir: A folder with MNIST's four files, for train-step.
     """
     from datetime import datetime
 
-    from bn_jax.bench.suites import SUITES, keep_memory, run_suites
+    from bn_jax.bench.allocator import keep_memory
 
     if turns < 2:
         raise ValueError(f"--turns {turns}: must be at least 2, for quartiles")
-    keep_memory()
+    unused = {}
+    if suite in ("accuracy", "memory", "scaling"):
+        unused["turns"] = f"--suite {suite}, which measures no time"
+    if suite not in ("all", "train-step"):
+        unused["data_dir"] = f"--suite {suite}; only train-step uses it"
+    hints.check_used(unused, sys.argv[2:])
+    keep_memory()  # before what takes long, which would be loaded twice
+    with stdout.status("loading JAX"):
+        from bn_jax.bench.suites import SUITES, run_suites
+
     folder = output_dir or Path("runs") / f"bench-{datetime.now():%Y-%m-%d-%H%M%S}"
     suites = SUITES if suite == "all" else (suite,)
     if not run_suites(suites, turns=turns, data_dir=data_dir, folder=folder, console=stdout):
         raise SystemExit(1)
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench}
+
+
+def show_help() -> None:
+    """Print the commands, each with the first line of its docstring."""
+    lines = [
+        f"  {name:10}{(inspect.getdoc(f) or '').partition(chr(10))[0]}"
+        for name, f in COMMANDS.items()
+    ]
+    print("usage: bn-jax COMMAND [FLAGS]\n\nBatch normalization for JAX.\n")
+    print(*lines, sep="\n")
+    print("\nbn-jax COMMAND --help shows the flags of a command, bn-jax --version the versions.")
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run the command that a command line names, or show help or the versions.
+
+    Raises:
+        ValueError: it cannot be run; with a hint at what was probably meant.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        show_help()
+    elif name in ("-V", "--version", "version"):
+        versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "flax", "optax")]
+        print(f"bn-jax {__version__} ({', '.join(versions)}, Python {platform.python_version()})")
+    else:
+        hints.check_command(name, tuple(COMMANDS))
+        command = COMMANDS[name]
+        hints.check_flags(name, hints.describe_flags(command), rest)
+        markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        tyro.cli(command, prog=f"bn-jax {name}", args=rest, config=markers)
+
+
+def quiet_orbax() -> None:
+    """Keep orbax from logging pages about errors that it also raises."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -150,7 +227,13 @@ def main() -> None:
     """Run a command; what the user can mend is one line and status 2, not a traceback."""
     try:
         with no_interrupt_lost():
-            app.cli(prog="bn-jax", description="Batch normalization for JAX.")
+            try:
+                run_command(sys.argv[1:])
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # as in `bn-jax train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)

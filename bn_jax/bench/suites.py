@@ -1,7 +1,5 @@
 """The suites by name, and running them."""
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,20 +13,6 @@ from bn_jax.bench.report import Report, environment, save, show
 
 Suite = Literal["accuracy", "layer", "train-step", "memory", "compile", "scaling", "fold"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
-
-ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(2**30),
-}
-"""Arrays of tens of MB otherwise spend most of their time in page faults, whoever computes them."""
-
-
-def keep_memory() -> None:
-    """Start this process again, once, with an allocator (glibc's) that keeps its memory."""
-    if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items():
-        os.environ.update(ALLOCATOR)
-        os.execv(sys.executable, sys.orig_argv)
 
 
 def run_suites(

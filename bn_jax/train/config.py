@@ -7,11 +7,31 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from bn_jax.train.settings import (
+    DataSettings,
+    ModelSettings,
+    NormalizationSettings,
+    OptimizerSettings,
+    RunSettings,
+)
+
 Arm = Literal["batch", "none"]
 
+USED_BY = {
+    "hidden": ("mlp",),
+    "filters": ("cnn", "tower"),
+    "blocks": ("tower",),
+    "activation": ("mlp", "cnn"),
+    "placement": ("mlp", "cnn"),
+}
+"""The models that use a setting, where not all do."""
 
+
+# A dataclass takes its fields from the last base first: data, model, normalization, and so on.
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(
+    RunSettings, OptimizerSettings, NormalizationSettings, ModelSettings, DataSettings
+):
     """A training run; the defaults are section 4.1 of Ioffe & Szegedy (2015).
 
     The paper gives the network, 50,000 steps of 60 examples and a binary input. It does not give
@@ -20,77 +40,11 @@ class TrainConfig:
     threshold or stochastic): they come near its Figure 1(a) in the steps to 0.95, where the paper
     has less than 4,000 with batch norm and 14,600 without, and these about 4,500 and 15,000.
 
+    `settings` describes the fields.
+
     Raises:
         ValueError: a value is out of range, with the field's name and what it may be.
     """
-
-    dataset: Literal["mnist", "fashion-mnist"] = "mnist"
-    """The data set; both have 60,000 training and 10,000 test images, 28 by 28."""
-    data_dir: Path | None = None
-    """A folder with the data set's four files. By default they are fetched once, and cached."""
-    binarization: Literal["threshold", "stochastic", "none"] = "threshold"
-    """How grey levels become the paper's binary input: above 127 is 1; drawn anew at each step with
-    the grey level as probability; or not at all (grey levels between 0 and 1)."""
-
-    model: Literal["mlp", "cnn", "tower"] = "mlp"
-    """mlp: the paper's fully connected network. cnn: two convolutions and a dense layer. tower:
-    AlphaGo Zero's residual tower with its policy head."""
-    hidden: tuple[int, ...] = (100, 100, 100)
-    """Sizes of the mlp's hidden layers."""
-    filters: int = 16
-    """Feature maps of the cnn's first convolution, or of every convolution of the tower."""
-    blocks: int = 2
-    """Residual blocks of the tower."""
-    activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
-    """The nonlinearity g. The tower always uses relu."""
-    init_std: float | None = None
-    """Standard deviation of the Gaussian initial weights. By default 0.04 for the mlp, and
-    √(2/inputs) for cnn and tower (He et al. 2015)."""
-
-    norm: Literal["both", "batch", "none"] = "both"
-    """With batch normalization, without, or one run of each to compare."""
-    placement: Literal["pre-activation", "input"] = "pre-activation"
-    """Where batch norm stands: z = g(BN(Wu)), the paper's choice, or z = g(W BN(u) + b), which it
-    considers and rejects (section 3.2). For mlp and cnn."""
-    average: Literal["ema", "debiased", "cumulative"] = "debiased"
-    """The moving average of the statistics that inference uses."""
-    decay: float = 0.99
-    """Weight of the past in that average (ema and debiased)."""
-    epsilon: float = 1e-5
-    """Added to the variance."""
-    group_size: int | None = None
-    """Ghost batch norm: each group of that many examples is normalized by its own statistics. By
-    default a batch is one group."""
-
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """Plain SGD, SGD with momentum 0.9, or Adam."""
-    learning_rate: float = 0.15
-    """The (initial) learning rate."""
-    schedule: Literal["constant", "cosine", "exponential"] = "constant"
-    """Constant; to zero along a cosine; or down to a hundredth, exponentially."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, times the learning rate; spares biases and batch norm's scale."""
-    batch_size: int = 60
-    """Examples per step."""
-    micro_batches: int = 1
-    """Passes that a step goes through its batch in, part by part, to save memory. Each part is
-    normalized by its own statistics; the running statistics move once per step."""
-    steps: int = 50_000
-    """Training steps."""
-    seed: int = 0
-    """Seed of initial weights, order of examples and stochastic input."""
-
-    evaluate_every: int = 500
-    """Steps between evaluations on the test set."""
-    checkpoint_every: int = 5_000
-    """Steps between checkpoints, rounded up to evaluations; the last step always has one."""
-    run_dir: Path | None = None
-    """The run's folder, new or empty. By default runs/DATE-TIME."""
-    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """Where to compute; auto is JAX's own choice."""
-    devices: int | None = None
-    """Devices that each batch is spread over; its statistics stay those of the whole batch. On a
-    CPU they are virtual. By default one, or all of several processes."""
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
@@ -162,6 +116,23 @@ class TrainConfig:
     def arms(self) -> tuple[Arm, ...]:
         """The normalizations to train with, in order."""
         return ("batch", "none") if self.norm == "both" else (self.norm,)
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The fields that change nothing in this run, each with the reason."""
+        reasons = {
+            name: f"--model {self.model}; only {' and '.join(models)} use it"
+            if len(models) > 1
+            else f"--model {self.model}; only the {models[0]} uses it"
+            for name, models in USED_BY.items()
+            if self.model not in models
+        }
+        if self.average == "cumulative":
+            reasons["decay"] = "--average cumulative, which weighs all steps alike"
+        if self.norm == "none":
+            fields = dataclasses.fields(NormalizationSettings)
+            reasons |= {field.name: "--norm none" for field in fields if field.name != "norm"}
+        return reasons
 
     def to_json(self) -> str:
         """All fields as JSON, for people and for `from_json`."""

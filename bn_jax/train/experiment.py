@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import platform
+import shlex
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+from rich.markup import escape
 
 import bn_jax
 from bn_jax.data import Dataset, load
@@ -61,10 +63,10 @@ def run_experiment(
     check_batch_size(config, data)
     folder = RunFolder.create(config)
     started(folder)
-    where = f"[bold]{folder.path}[/bold]"
+    where = f"[bold]{escape(str(folder.path))}[/bold]"
     try:
-        spread = f"{config.devices} of " if config.devices else ""
-        console.print(f"{spread}{machine()}; run folder {where}", soft_wrap=True)
+        count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
+        console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
         arms = run_arms(config, data, folder, console)
         summary = summarize(arms) | {"config": json.loads(config.to_json()), "versions": versions()}
         folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
@@ -72,7 +74,9 @@ def run_experiment(
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {remains(folder.path)}") from None
     console.print(comparison_table(summary, config))
-    console.print(f"Curves, metrics and checkpoints are in {where}.", soft_wrap=True)
+    console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
+    again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
+    console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
     return folder
 
 
@@ -164,6 +168,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The device in words."""
+    """The device in words, and JAX's version."""
     (device,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
-    return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
+    kind = "" if device.device_kind.lower() == device.platform else f" ({device.device_kind})"
+    return f"{device.platform.upper()}{kind}, jax {jax.__version__}"

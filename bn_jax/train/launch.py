@@ -4,8 +4,11 @@ import dataclasses
 import signal
 import socket
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
+
+from bn_jax.train.settings import unset
 
 HEARTBEAT = 30
 """Seconds of silence after which a process counts as gone, if its sockets do not tell at once."""
@@ -16,24 +19,26 @@ PATIENCE = 300
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The same command, started once per process; they differ in --process-id alone.
+    """For a run of several processes, each started by the same command but for its id.
+
+    Attributes:
+        coordinator: Where the processes meet: an address of process 0's machine and a free port
+            there.
+        processes: How many processes.
+        process_id: Which of them this is, from 0. Process 0 shows and writes the run.
+        distributed: Take what is not given from the scheduler that started the processes, as far
+            as JAX knows it: Slurm, Open MPI, Kubernetes, TPU pods.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    coordinator: str | None = None
-    """HOST:PORT where the processes of one run meet: an address of process 0's machine and a free
-    port there. By default the variable JAX_COORDINATOR_ADDRESS; without any, there is one
-    process."""
-    processes: int | None = None
-    """How many processes. By default the variable JAX_NUM_PROCESSES."""
-    process_id: int | None = None
-    """Which of them this is, from 0; process 0 shows and writes the run. By default the variable
-    JAX_PROCESS_ID."""
+    coordinator: Annotated[
+        str | None, unset("HOST:PORT", "$JAX_COORDINATOR_ADDRESS, else there is one process")
+    ] = None
+    processes: Annotated[int | None, unset("INT", "$JAX_NUM_PROCESSES")] = None
+    process_id: Annotated[int | None, unset("INT", "$JAX_PROCESS_ID")] = None
     distributed: bool = False
-    """Take what is not given from the scheduler that started the processes, as far as JAX knows it:
-    Slurm, Open MPI, Kubernetes, TPU pods."""
 
     def __post_init__(self) -> None:
         host, _, port = (self.coordinator or "host:1").rpartition(":")

@@ -1,6 +1,5 @@
 """The command line as a user has it: real processes, on the real MNIST."""
 
-import dataclasses
 import json
 import re
 from importlib.metadata import entry_points
@@ -10,7 +9,6 @@ import pytest
 from PIL import Image
 
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.launch import Launch
 
 STEPS, EVERY = 1000, 250
 
@@ -97,6 +95,14 @@ def test_the_table_is_on_standard_output(run, summary):
     assert stderr == ""
 
 
+def test_it_says_where_it_runs_and_what_to_do_next(run):
+    folder, stdout, _ = run
+    assert re.search(rf"^Training on CPU, jax [\d.]+\w*, run folder {folder}$", stdout, re.M)
+    assert stdout.endswith(
+        f"Curves: {folder / 'curves.png'}\nScore the checkpoints again: bn-jax evaluate {folder}\n"
+    )
+
+
 def test_the_same_seed_is_the_same_run(twins):
     (one, *_), (two, status, _, stderr) = twins
     assert status == 0, stderr
@@ -112,21 +118,6 @@ def test_evaluate_says_what_the_summary_says(run, summary, start, finish):
     for arm, title in (("batch", "with batch norm"), ("none", "without")):
         row = rf"{title} +│ +1,000 +│ +{summary['arms'][arm]['final_test_accuracy']:.4f}"
         assert re.search(row, stdout)
-
-
-def test_help_has_every_flag(main, capsys):
-    assert main("train", "--help") == 0
-    text = capsys.readouterr().out
-    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(Launch)):
-        assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", text)
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"]])
-def test_help(arguments, main, capsys):
-    assert main(*arguments) == 0
-    text = capsys.readouterr().out
-    assert "usage: bn-jax" in text
-    assert "train" in text or "--data-dir" in text
 
 
 def test_the_console_script_is_this_command_line():

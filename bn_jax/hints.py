@@ -1,0 +1,162 @@
+"""What a command line that cannot work was probably meant to say."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+OTHER_NAMES = {
+    "--learning-rate": "lr rate learningrate step-size eta alpha",
+    "--batch-size": "bs batch batchsize minibatch mini-batch-size train-batch-size",
+    "--micro-batches": "accumulate accumulation-steps gradient-accumulation-steps grad-accum",
+    "--steps": "iterations iters num-iterations num-steps max-steps n-steps updates",
+    "--hidden": "layers units width hidden-size hidden-sizes hidden-layers hidden-units",
+    "--model": "arch architecture net network",
+    "--activation": "nonlinearity act",
+    "--filters": "channels features feature-maps",
+    "--blocks": "depth num-blocks",
+    "--init-std": "std sigma init-scale init",
+    "--norm": "bn batch-norm batchnorm normalization no-bn no-norm",
+    "--decay": "bn-momentum bn-decay ema-decay",
+    "--epsilon": "eps bn-eps bn-epsilon",
+    "--group-size": "ghost ghost-batch-size virtual-batch-size",
+    "--optimizer": "opt optim",
+    "--optimizer adam": "adam",
+    "--schedule": "scheduler lr-schedule lr-scheduler learning-rate-schedule lr-decay",
+    "--weight-decay": "wd l2",
+    "--seed": "random-seed random-state rng key",
+    "--dataset": "data",
+    "--data-dir": "data-path data-folder data-root root",
+    "--evaluate-every": "eval-every eval-interval eval-steps test-every val-every",
+    "--checkpoint-every": "save-every save-steps save-interval checkpoint-interval ckpt-every",
+    "--run-dir": "out output output-dir out-dir outdir save-dir log-dir logdir workdir name",
+    "--device gpu": "gpu cuda use-gpu",
+    "--device cpu": "cpu no-cuda no-gpu",
+    "--devices": "gpus num-devices n-devices num-gpus ngpus",
+    "--process-id": "rank node-rank",
+    "--processes": "world-size num-processes nproc nnodes",
+    "--coordinator": "master-addr coordinator-address",
+    "--output-dir": "out output out-dir outdir save-dir run-dir",
+    "--turns": "repeats repeat reps runs trials rounds n",
+    "--suite": "only benchmark test",
+}
+"""A flag, and what other programs call it."""
+
+EPOCHS = ("epochs", "epoch", "num-epochs", "n-epochs", "max-epochs")
+FOLDERS = ("--run", "--run-dir", "--path", "--folder", "--checkpoint")
+TRAINING_IMAGES = 60_000  # of each data set
+
+
+def describe_flags(command: Callable[..., Any]) -> list[str]:
+    """The flags of a command, a function whose parameters may be dataclasses of more flags."""
+    kinds, flags = typing.get_type_hints(command), list[str]()
+    for name, parameter in inspect.signature(command).parameters.items():
+        if dataclasses.is_dataclass(kinds[name]):
+            flags += [flag_of(field.name) for field in dataclasses.fields(kinds[name])]
+        elif parameter.default is not parameter.empty:  # else it is no flag, but positional
+            flags.append(flag_of(name))
+    return flags
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def given_flags(arguments: Iterable[str]) -> dict[str, str]:
+    """Each flag of a command line, written as help writes it, and the words that follow it."""
+    given: dict[str, list[str]] = {"": []}
+    words = given[""]
+    for argument in arguments:
+        if is_flag(argument):
+            name, equals, value = argument.partition("=")
+            words = given[name.replace("_", "-")] = [value] if equals else []
+        else:
+            words.append(argument)
+    return {name: " ".join(words) for name, words in given.items() if name}
+
+
+def is_flag(argument: str) -> bool:
+    """Whether an argument is a flag, not a value: -1 and -1e-3 are values."""
+    try:
+        float(argument)
+    except ValueError:
+        return argument.startswith("-")
+    return False
+
+
+def check_command(name: str, commands: Sequence[str]) -> None:
+    """Raise a ValueError with a hint unless there is such a command."""
+    if name in commands:
+        return
+    known = ", ".join(commands)
+    if is_flag(name):
+        raise ValueError(f"{name}: a command comes first, one of {known}")
+    near = difflib.get_close_matches(name, commands, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {known}"
+    raise ValueError(f"{name}: no such command; {hint}")
+
+
+def check_flags(command: str, known: Sequence[str], arguments: Sequence[str]) -> None:
+    """Raise a ValueError with a hint at the first flag that a command does not have."""
+    given = given_flags(arguments)
+    if "--help" in given or "-h" in given:
+        return
+    for flag, value in given.items():
+        if flag not in known:
+            shown = f"{flag} {value}".strip()
+            hint = guess(flag, value, known, given) or f"see bn-jax {command} --help"
+            if command == "evaluate" and flag in FOLDERS:
+                hint = "give the run's folder without a flag: bn-jax evaluate RUN"
+            raise ValueError(f"{shown}: bn-jax {command} has no {flag}; {hint}")
+    if "--hidden" in given:
+        sizes = given["--hidden"].replace(",", " ").split()
+        if given["--hidden"].split() != sizes or not sizes:
+            example = " ".join(sizes) or "100 100 100"
+            raise ValueError(
+                f"--hidden {given['--hidden']}".strip()
+                + f": must be sizes with spaces between them; did you mean --hidden {example}?"
+            )
+
+
+def guess(flag: str, value: str, known: Sequence[str], given: Mapping[str, str]) -> str | None:
+    """What was meant by a flag that is not known, or None."""
+    name = flag.lstrip("-").lower()
+    if name in EPOCHS and "--steps" in known:
+        return explain_epochs(value, given.get("--batch-size", "60"))
+    if name == "momentum" and "--decay" in known:
+        return (
+            "did you mean --optimizer momentum (SGD with momentum 0.9), or batch norm's --decay "
+            "(the weight of the past; torch's momentum is 1 - decay)?"
+        )
+    for meant, others in OTHER_NAMES.items():
+        if name in others.split() and meant.split()[0] in known:
+            return f"did you mean {meant}?"
+    near = difflib.get_close_matches(f"--{name}", known, n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
+def explain_epochs(value: str, batch_size: str) -> str:
+    """Epochs as steps, of this batch size."""
+    try:
+        steps = max(TRAINING_IMAGES / int(batch_size), 1)
+        total = math.ceil(steps * float(value or "1"))
+    except (ValueError, OverflowError, ZeroDivisionError):
+        return "did you mean --steps? 1 epoch is 1,000 steps of 60 examples"
+    return f"did you mean --steps {total}? 1 epoch is {steps:,.0f} steps of {batch_size} examples"
+
+
+def check_used(unused: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """Raise a ValueError if the command line sets what would change nothing.
+
+    Args:
+        unused: the fields without effect, each with the reason.
+        arguments: the command line.
+    """
+    given = given_flags(arguments)
+    for name, reason in unused.items():
+        if flag_of(name) in given:
+            raise ValueError(f"{flag_of(name)}: has no effect with {reason}")
