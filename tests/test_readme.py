@@ -15,6 +15,7 @@ import pytest
 import tyro
 
 from bn_jax.bench.suites import SUITES
+from bn_jax.hints import check_used
 from bn_jax.train.config import TrainConfig
 from tests.core.test_transforms import CASES, TRANSFORMS
 
@@ -82,10 +83,13 @@ def test_commands_are_accepted(command):
         assert not flags or (flags[0] == "--suite" and flags[1] in SUITES)
     elif verb == "evaluate":
         assert flags in ([], ["RUN"])
+    elif verb == "--version":
+        assert not flags
     elif flags != ["--help"]:
         assert verb == "train"
         config = tyro.cli(TrainConfig, args=flags)
         assert (config == TrainConfig()) == (not flags)
+        check_used(config.unused, flags)
 
 
 @pytest.mark.parametrize("path", PAGES + OTHERS, ids=name)
