@@ -1,36 +1,113 @@
-"""Every lesson runs from top to bottom."""
+"""Every lesson runs from top to bottom, and its exercises tell right answers from wrong ones."""
 
+import ast
+import re
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+each_lesson = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+# What the first cell installs: the package with its extra "train".
+INSTALLED = {"bn_jax", "jax", "numpy", "flax", "optax", "orbax", "matplotlib"}
+STANDARD = {"functools", "importlib", "itertools", "pathlib", "subprocess", "sys", "tempfile"}
+
+# For each exercise, an answer that a reader might give first, and that is wrong.
+WRONG = {
+    "01_functional_batch_norm": [
+        # The divisor taken for a constant.
+        "lambda x, g: g / jnp.sqrt((x**2).mean(0) + 1e-5)",
+        # E[x²] - E[x]².
+        "lambda a, v, n, b, w, k: ((a * n + b * k) / (n + k), (n * (v + a**2) + k * (w + b**2))"
+        " / (n + k) - ((a * n + b * k) / (n + k)) ** 2)",
+        # Var instead of its root.
+        "lambda W, p, s: (W * p.scale / s.var, p.bias - s.mean * p.scale / s.var)",
+    ],
+    "02_flax": [
+        "lambda: {'momentum': 0.1}",
+        "lambda layer, v, x, _: layer.apply(v, jnp.nan_to_num(x), mutable=['batch_stats'])",
+        "lambda params: jax.tree.map(lambda _: True, params)",
+    ],
+}
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def tagged(notebook, tag):
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each_lesson
 def test_lesson_runs(path):
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
+    for number, answer in enumerate(WRONG[path.stem], start=1):
+        source = f"try:\n    check_{number}({answer})\nexcept AssertionError:\n    print('refused')"
+        notebook.cells.append(new_code_cell(source, metadata={"tags": ["wrong"]}))
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     )
     client.execute()
-    figures = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert figures, "a lesson shows something"
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "shows something"
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    assert {printed(cell) for cell in tagged(notebook, "exercise")} == {"no answer yet\n"}
+    assert {printed(cell) for cell in tagged(notebook, "solution")} == {"right\n"}
+    assert {printed(cell) for cell in tagged(notebook, "wrong")} == {"refused\n"}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_lessons_are_numbered():
+    assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_"]
+    assert {path.stem for path in NOTEBOOKS} == set(WRONG)
+
+
+@each_lesson
 def test_lesson_is_committed_without_outputs(path):
-    cells = nbformat.read(path, as_version=4).cells
-    assert all(not cell.get("outputs") for cell in cells)
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert not [cell.source for cell in cells if cell.outputs or cell.execution_count]
 
 
-def test_there_is_a_lesson():
-    assert NOTEBOOKS
+@each_lesson
+def test_three_exercises_with_folded_answers(path):
+    notebook = read(path)
+    pairs = zip(tagged(notebook, "exercise"), tagged(notebook, "solution"), strict=True)
+    numbers = []
+    for number, (exercise, solution) in enumerate(pairs, start=1):
+        numbers.append(number)
+        assert f"def check_{number}(answer)" in exercise.source
+        assert "...  # your answer" in exercise.source
+        assert f"print(check_{number}(solution_{number}))" in solution.source
+        # Jupyter folds by the first, Colab by the second, which shows the title.
+        assert solution.metadata.jupyter.source_hidden
+        assert solution.metadata.cellView == "form"
+        assert solution.source.startswith(f"# @title Answer to exercise {number}\n")
+    assert numbers == [1, 2, 3]
+
+
+@each_lesson
+def test_imports_only_what_the_first_cell_installs(path):
+    code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    names = set()
+    for node in ast.walk(ast.parse("\n".join(code))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module).split(".")[0])
+    assert names <= INSTALLED | STANDARD
+
+
+@each_lesson
+def test_links_of_lessons_lead_somewhere(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
