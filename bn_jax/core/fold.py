@@ -10,6 +10,10 @@ Kernels have flax's layouts: [in, out], [*window, in/groups, out], and, for a tr
 convolution with transpose_kernel, [*window, out, in].
 """
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -20,7 +24,8 @@ from bn_jax.core.averages import BatchNormState
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.normalize import BatchNormParams, as_affine
 
-Values = Shaped[Array | np.ndarray, "..."]
+Values = Shaped[Array | np.ndarray, "..."] | Sequence[Any]
+"""Arrays, or nested lists of numbers."""
 
 
 def fold_dense(
@@ -52,7 +57,8 @@ def fold_dense(
         dtype. Computed in at least float32.
 
     Raises:
-        TypeError: kernel is not inexact, or is real where something else is complex.
+        TypeError: kernel is not inexact, or is real where something else is complex; the variance
+            is complex; a statistic is None.
         ValueError: a shape does not fit the kernel, or epsilon is negative or not finite.
 
     >>> import jax.numpy as jnp
@@ -173,7 +179,7 @@ def fold_into_following_dense(
     ([[3.0]], [12.0])
     """
     check_kernel(kernel, "fold_into_following_dense", "[features, out]", np.ndim(kernel) == 2)
-    kernel = jnp.asarray(kernel)
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     check_values(kernel, bias, params, state, features=kernel.shape[0], out=kernel.shape[1])
     wide, (scale, mean, shift), b = affine(kernel, bias, params, state, epsilon)
     new = (kernel.astype(wide) * scale[:, None]).astype(kernel.dtype)
@@ -191,7 +197,7 @@ def fold_outputs(
     axis: int,
 ) -> tuple[Array, Array]:
     """What the first three have in common: the features are one axis of the kernel."""
-    kernel = jnp.asarray(kernel)
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     size = kernel.shape[axis]
     check_values(kernel, bias, params, state, features=size, out=size)
     wide, (scale, mean, shift), b = affine(kernel, bias, params, state, epsilon)
@@ -211,7 +217,8 @@ def affine(
 ) -> tuple[np.dtype, tuple[Array, Array, Array], Array]:
     """The common dtype, (s, E[x], β) and b in it; zeros for what is absent."""
     mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
-    wide = np.promote_types(*map(statistics_dtype, (kernel.dtype, mean.dtype)))
+    dtypes = [v.dtype for v in (kernel, mean) if jnp.issubdtype(v.dtype, jnp.inexact)]
+    wide = functools.reduce(np.promote_types, map(statistics_dtype, dtypes))
     # The scale alone: its offset, β - s E[x], is rounded before b could take part.
     state = state._replace(mean=mean.astype(wide), var=var.astype(real_dtype(wide)))
     scale, _ = as_affine(params, state, epsilon=epsilon)
@@ -253,6 +260,10 @@ def check_values(
         "bias": (bias, out),
     }
     for name, (value, size) in named.items():
+        if value is None and name.startswith("state"):
+            raise TypeError(
+                f"{name} is None; measure the layer's statistics first, e.g. by bn_jax.measure"
+            )
         if value is None:
             continue
         if np.shape(value) != (size,):
@@ -260,8 +271,13 @@ def check_values(
                 f"{name} has shape {np.shape(value)}, but a kernel of shape {kernel.shape} needs "
                 f"({size},); give the values of the layer next to it, one per feature"
             )
+        if name == "state.var" and jnp.iscomplexobj(value):
+            raise TypeError(
+                f"state.var has dtype {jnp.result_type(value)}, but a variance is real, of complex "
+                "data too: is it another entry's value?"
+            )
         if jnp.iscomplexobj(value) and not jnp.iscomplexobj(kernel):
             raise TypeError(
-                f"{name} has dtype {value.dtype} and kernel {kernel.dtype}; convert the kernel "
-                "first, e.g. kernel.astype(jnp.complex64)"
+                f"{name} has dtype {jnp.result_type(value)} and kernel {kernel.dtype}; convert the "
+                "kernel first, e.g. kernel.astype(jnp.complex64)"
             )

@@ -317,6 +317,18 @@ MISTAKES = {
         TypeError,
         ["state.mean has dtype complex64 and kernel float32", "kernel.astype(jnp.complex64)"],
     ),
+    "complex variance": (
+        lambda: bn.fold_dense(
+            KERNEL.astype(jnp.complex64), None, PARAMS, COMPLEX[1]._replace(var=COMPLEX[1].mean)
+        ),
+        TypeError,
+        ["state.var has dtype complex64, but a variance is real"],
+    ),
+    "no mean": (
+        lambda: bn.fold_dense(KERNEL, None, PARAMS, STATE._replace(mean=None)),
+        TypeError,
+        ["state.mean is None", "bn_jax.measure"],
+    ),
     "epsilon": (
         lambda: bn.fold_dense(KERNEL, None, PARAMS, STATE, epsilon=-1.0),
         ValueError,
@@ -332,3 +344,19 @@ def test_mistakes_name_argument_value_and_remedy(name):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_numbers_in_any_form_are_taken():
+    """Lists and integers where numpy would take them; the result is the kernel's dtype."""
+    params = bn.BatchNormParams([1.0, 2.0], np.array([0, 1]))
+    state = bn.BatchNormState(np.array([1, 2]), [1.0, 4.0], [1, 1])
+    for fold in (bn.fold_dense, bn.fold_into_following_dense):
+        listed = fold([[1.0, 0.0], [0.0, 1.0]], [1.0, 2.0], params, state)
+        arrays = [jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), t, is_leaf=is_row)
+                  for t in (params, state)]  # fmt: skip
+        exact = fold(jnp.eye(2), jnp.array([1.0, 2.0]), *arrays)
+        jax.tree.map(np.testing.assert_array_equal, listed, exact)
+
+
+def is_row(value):
+    return isinstance(value, list)
