@@ -35,7 +35,8 @@ def read_array(key: str, value: Any) -> np.ndarray:
 
     Args:
         key: for messages.
-        value: what numpy takes, a torch tensor (bfloat16 and on any device too), an nnx variable.
+        value: what numpy takes, a torch tensor (bfloat16 and on any device too), an nnx variable, a
+            value that flax has boxed.
 
     Raises:
         CheckpointError: it is no array of numbers: None, bytes, text, objects, of unequal rows, or
@@ -53,6 +54,8 @@ def read_array(key: str, value: Any) -> np.ndarray:
             "nothing is unpickled or parsed here: load it with its own library, and pass arrays",
         )
     try:
+        if hasattr(value, "unbox"):  # flax's Partitioned
+            value = value.unbox()
         if hasattr(value, "detach"):  # a torch tensor; numpy has no bfloat16 of its own
             value = value.detach().cpu()
             value = value.resolve_conj().resolve_neg()

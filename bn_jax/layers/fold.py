@@ -55,7 +55,8 @@ def fold_linen(
 
     Raises:
         TypeError: module is no nn.Sequential, and there are no inputs.
-        ValueError: variables lack one that is needed, or its shape does not fit.
+        ValueError: variables lack one that is needed, or its shape does not fit; with these inputs,
+            a batch norm trains.
 
     >>> import jax, jax.numpy as jnp
     >>> from bn_jax.layers.linen import BatchNorm
@@ -111,7 +112,8 @@ def fold_nnx(model: Module, *inputs: Any, **options: Any) -> tuple[Module, Repor
 
     Raises:
         TypeError: model is no nnx.Module.
-        ValueError: the shape of a parameter or statistic does not fit.
+        ValueError: the shape of a parameter or statistic does not fit; a batch norm is told to
+            train by its call.
 
     >>> import jax
     >>> from bn_jax.layers.nnx import BatchNorm

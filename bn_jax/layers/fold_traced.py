@@ -80,6 +80,7 @@ def fold_traced_linen(
         if context.method_name != "__call__" or type(layer) not in FOLDABLE:
             return call(*inputs, **options)
         name = "/".join(layer.path)
+        check_evaluates(name, layer, inputs, options)
         y = mark_call(name, call, inputs, options)
         found[name] = layer
         own = linen_values(layer, flatten_dict(nn.unbox(dict(layer.variables))), ())
@@ -166,11 +167,31 @@ def trace_nnx(model: nnx.Module, inputs: tuple[Any, ...], options: dict[str, Any
     return trace(run, state, inputs, options)
 
 
+def check_evaluates(
+    name: str, layer: Any, inputs: Any, options: Mapping[str, Any], kind: type | None = None
+) -> None:
+    """Refuse a batch norm that is called to train, which no other layer can do for it.
+
+    Raises:
+        ValueError: it is.
+    """
+    if (kind or type(layer)) not in BATCH_NORMS:
+        return
+    evaluate = options.get("use_running_average", inputs[1] if len(inputs) > 1 else None)
+    evaluate = layer.use_running_average if evaluate is None else evaluate
+    if not evaluate:
+        raise ValueError(
+            f"{name} is called to train, by the batch's own statistics; give what the model takes "
+            "at evaluation, e.g. fold_linen(module, variables, x, train=False)"
+        )
+
+
 @functools.cache
 def marking(kind: type) -> type:
     """A class of layers that mark what they get and return."""
 
     def call(self: Any, *inputs: Any, **options: Any) -> Any:
+        check_evaluates(self.fold_name, self, inputs, options, kind)
         return mark_call(self.fold_name, functools.partial(kind.__call__, self), inputs, options)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__doc__": kind.__doc__})

@@ -111,6 +111,13 @@ def test_several_feature_axes_stay():
     assert_close(state.var, np.ones((2, 3)))
 
 
+def test_values_that_flax_has_boxed():
+    box = nn.Partitioned(jnp.full(2, 3.0), names=("features",))
+    variables = {"params": {"scale": box}, "batch_stats": {"mean": box, "var": np.ones(2)}}
+    params, state, _ = from_flax(variables)
+    assert params.scale.tolist() == state.mean.tolist() == [3, 3]
+
+
 def test_m_changes_the_convention():
     variables = {"batch_stats": {"mean": np.zeros(2), "var": np.ones(2)}}
     params, state, settings = from_flax(variables, values_per_feature=4)

@@ -165,6 +165,9 @@ def test_mistakes():
         fold_linen(Twice(), {})
     with pytest.raises(TypeError, match=r"module is a Sequential.* to fold_nnx"):
         fold_linen(nnx.Sequential(nnx.relu), {}, inputs(3, 4))
+    model, x = Residual(), inputs(2, 5, 6, 3)
+    with pytest.raises(ValueError, match=r"shared is called to train, .*, train=False"):
+        fold_linen(model, made(model, x, train=False), x, train=True)
 
 
 # nnx
@@ -235,6 +238,20 @@ def test_a_residual_net_of_nnx(batch_norm):
     assert len(statistics) == 4  # of shared and unused
     graph, state = nnx.split(folded)
     np.testing.assert_array_equal(nnx.merge(graph, state)(x), folded(x))
+
+
+@pytest.mark.parametrize("arguments", [((False,), {}), ((), {"use_running_average": False})])
+def test_a_call_to_train_is_refused(arguments):
+    class Adapting(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(4, 4, rngs=RNGS)
+            self.norm = our_nnx.BatchNorm(4, rngs=RNGS)
+
+        def __call__(self, x):
+            return self.norm(self.dense(x), *arguments[0], **arguments[1])
+
+    with pytest.raises(ValueError, match="norm is called to train"):
+        fold_nnx(Adapting(), inputs(3, 4))
 
 
 def test_a_shared_parameter_of_nnx_stays():
