@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 try:
     import tyro
@@ -185,7 +185,28 @@ def run_command(arguments: Sequence[str]) -> None:
         command = COMMANDS[name]
         hints.check_flags(name, hints.describe_flags(command), rest)
         markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-        tyro.cli(command, prog=f"bn-jax {name}", args=rest, config=markers)
+        tyro.cli(command, prog=f"bn-jax {name}", args=rest, config=markers, registry=numbers)
+
+
+numbers = tyro.constructors.ConstructorRegistry()
+
+
+@numbers.primitive_rule
+def read_as_number(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Read numbers, given or None, with errors that a user understands."""
+    readers = {int: ("INT", hints.read_integer), float: ("FLOAT", hints.read_number)}
+    for number, (metavar, read) in readers.items():
+        if kind.type in (number, number | None):
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar=metavar,
+                instance_from_str=lambda words, read=read: read(words[0]),
+                is_instance=lambda value: isinstance(value, int | float | None),
+                str_from_instance=lambda value: [str(value)],
+            )
+    return None
 
 
 def quiet_orbax() -> None:

@@ -1,5 +1,6 @@
 """What a command line that cannot work was probably meant to say."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -113,13 +114,16 @@ def check_flags(command: str, known: Sequence[str], arguments: Sequence[str]) ->
                 hint = "give the run's folder without a flag: bn-jax evaluate RUN"
             raise ValueError(f"{shown}: bn-jax {command} has no {flag}; {hint}")
     if "--hidden" in given:
-        sizes = given["--hidden"].replace(",", " ").split()
-        if given["--hidden"].split() != sizes or not sizes:
-            example = " ".join(sizes) or "100 100 100"
-            raise ValueError(
-                f"--hidden {given['--hidden']}".strip()
-                + f": must be sizes with spaces between them; did you mean --hidden {example}?"
-            )
+        check_sizes(given["--hidden"])
+
+
+def check_sizes(text: str) -> None:
+    """Raise a ValueError with a hint unless --hidden has integers with spaces between them."""
+    sizes = text.replace(",", " ").split()
+    if text.split() != sizes or not all(size.lstrip("+-").isdigit() for size in sizes or ["-"]):
+        example = " ".join(size for size in sizes if size.isdigit()) or "100 100 100"
+        shown = f"--hidden {text}".strip()
+        raise ValueError(f"{shown}: must be integers, as in --hidden {example}")
 
 
 def guess(flag: str, value: str, known: Sequence[str], given: Mapping[str, str]) -> str | None:
@@ -147,6 +151,26 @@ def explain_epochs(value: str, batch_size: str) -> str:
     except (ValueError, OverflowError, ZeroDivisionError):
         return "did you mean --steps? 1 epoch is 1,000 steps of 60 examples"
     return f"did you mean --steps {total}? 1 epoch is {steps:,.0f} steps of {batch_size} examples"
+
+
+def read_integer(text: str) -> int:
+    """The integer that a text writes out; raises a ValueError with a hint for one like 1e5."""
+    try:
+        return int(text)
+    except ValueError:
+        hint = ""
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(text.replace(",", ""))
+            hint = f"; did you mean {int(value)}?" if value.is_integer() else ""
+        raise ValueError(f"{text} is not a whole number{hint}") from None
+
+
+def read_number(text: str) -> float:
+    """The number that a text writes out; raises a ValueError for other texts."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text} is not a number, such as 0.1 or 1e-3") from None
 
 
 def check_used(unused: Mapping[str, str], arguments: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ def run_suites(
 
     Every suite's result is saved before the next begins.
     """
-    console.width = max(console.width, 110)  # of files and pipes, too
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # of files and pipes
     peers = installed()
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
     reports: list[Report] = []
@@ -32,7 +33,8 @@ def run_suites(
         show(reports[-1], console)
         save(reports, folder)
     plots = save_plots(reports, folder)
-    console.print(f"wrote {folder / 'bench.json'}", *map(str, plots))
+    written = " ".join(map(str, (folder / "bench.json", *plots)))
+    console.print(f"wrote {written}", soft_wrap=True, markup=False)
     return all(bar.met for report in reports if report.suite == "accuracy" for bar in report.bars)
 
 

@@ -47,12 +47,10 @@ MISTAKES = {
     "train --momentum 0.9": "--momentum 0.9: bn-jax train has no --momentum; did you mean "
     "--optimizer momentum (SGD with momentum 0.9), or batch norm's --decay (the weight of the "
     "past; torch's momentum is 1 - decay)?",
-    "train --hidden": "--hidden: must be sizes with spaces between them; did you mean --hidden "
-    "100 100 100?",
-    "train --hidden --steps 5": "--hidden: must be sizes with spaces between them; did you mean "
-    "--hidden 100 100 100?",
-    "train --hidden 100,100": "--hidden 100,100: must be sizes with spaces between them; did you "
-    "mean --hidden 100 100?",
+    "train --hidden": "--hidden: must be integers, as in --hidden 100 100 100",
+    "train --hidden --steps 5": "--hidden: must be integers, as in --hidden 100 100 100",
+    "train --hidden 100,50": "--hidden 100,50: must be integers, as in --hidden 100 50",
+    "train --hidden ten": "--hidden ten: must be integers, as in --hidden 100 100 100",
     "train --model tower --activation sigmoid": "--activation: has no effect with --model tower; "
     "only mlp and cnn use it",
     "train --model=tower --hidden=9": "--hidden: has no effect with --model tower; only the mlp "
@@ -79,6 +77,26 @@ MISTAKES = {
 def test_a_mistake_gets_a_hint(line, main, capsys):
     assert main(*line.split()) == 2
     assert capsys.readouterr() == ("", f"error: {MISTAKES[line]}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train --steps 1e5", "--steps: 1e5 is not a whole number; did you mean 100000?"),
+        (
+            "train --group-size 5,000",
+            "--group-size: 5,000 is not a whole number; did you mean 5000?",
+        ),
+        ("train --devices all", "--devices: all is not a whole number"),
+        ("train --init-std 0,1", "--init-std: 0,1 is not a number, such as 0.1 or 1e-3"),
+    ],
+)
+def test_a_number_that_is_none(line, words, main, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(*line.split()) == 2
+    text = capsys.readouterr().err
+    assert f"Error parsing {words} " in text
+    assert "None" not in text
 
 
 def test_every_other_name_leads_to_a_flag():
