@@ -1,14 +1,24 @@
 """What a person sees of a run: progress while it lasts, a table and a plot at its end."""
 
 import io
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.loop import Evaluation
@@ -20,16 +30,29 @@ COLORS: dict[Arm, str] = {"batch": "tab:blue", "none": "tab:orange"}
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Progress]:
-    """A live bar per arm: step, loss, test accuracy, time left."""
+    """A live bar per arm: step, loss and test accuracy or what is being done, time left."""
     with Progress(
         TextColumn("{task.description:>15}"),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+        StatusColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     ) as progress:
         yield progress
+
+
+class StatusColumn(ProgressColumn):
+    """Loss and accuracy; in their place what is being done, where that takes over a second."""
+
+    def render(self, task: Task) -> Text:
+        """The column's text; the task's field `activity` is (what, since when), or None."""
+        known = "loss {loss}  accuracy {accuracy}".format(**task.fields)
+        activity, since = task.fields["activity"] or (None, 0.0)
+        seconds = int(time.monotonic() - since)
+        if activity == "compiling" or (activity and seconds):
+            return Text(f"{activity}, {seconds} s".ljust(len(known)))
+        return Text(known)
 
 
 def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:

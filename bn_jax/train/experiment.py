@@ -1,10 +1,10 @@
 """`bn-jax train` and `bn-jax evaluate`: the arms of an experiment, and what is left on disk."""
 
 import dataclasses
-import functools
 import json
 import platform
 import shlex
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
-from bn_jax.train.loop import Evaluation, check_batch_size, train
+from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
 from bn_jax.train.placement import make_placement
 from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder, finite, metrics_line
@@ -86,21 +86,24 @@ def run_arms(
     """Train the arms in order, each under a live bar."""
     arms: dict[Arm, list[Evaluation]] = {}
     with progress_bars(console) as progress:
-        waiting = {"total": config.steps, "loss": NO_LOSS, "accuracy": "  –  "}
+        waiting = {"total": config.steps, "loss": NO_LOSS, "accuracy": "  –  ", "activity": None}
         tasks = {a: progress.add_task(TITLES[a], start=False, **waiting) for a in config.arms}
         for arm in config.arms:
             progress.start_task(tasks[arm])
 
+            def watch(activity: Activity, step: int, task: Any = tasks[arm]) -> None:
+                progress.update(task, completed=step, activity=(activity, time.monotonic()))
+
             def show(evaluation: Evaluation, task: Any = tasks[arm]) -> None:
                 progress.update(
                     task,
-                    completed=evaluation.step,
                     # Before the first step there is no loss.
                     loss=f"{evaluation.train_loss:.4f}" if evaluation.step else NO_LOSS,
                     accuracy=f"{evaluation.test_accuracy:.4f}",
                 )
 
-            arms[arm] = run_arm(config, arm, data, folder, show)
+            arms[arm] = run_arm(config, arm, data, folder, show, watch)
+            progress.update(tasks[arm], completed=config.steps, activity=None)
     return arms
 
 
@@ -110,12 +113,13 @@ def run_arm(
     data: Dataset,
     folder: RunFolder,
     show: Callable[[Evaluation], None],
+    watch: Watch,
 ) -> list[Evaluation]:
     """Train one arm, writing a line of metrics per evaluation and checkpoints as they fall due."""
     evaluations, saved = [], 0
     model, optimizer = build_model(config, arm), build_optimizer(config)
     with Checkpoints(folder.checkpoints(arm)) as checkpoints:
-        for state, evaluation in train(config, model, optimizer, data):
+        for state, evaluation in train(config, model, optimizer, data, watch):
             evaluations.append(evaluation)
             folder.append("metrics.jsonl", metrics_line(arm, evaluation))
             show(evaluation)
@@ -143,16 +147,15 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
     if not trained:
         raise CheckpointError(f"{folder.path} holds no finished checkpoint; train again")
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
-    images, labels = jnp.asarray(data.test_images), jnp.asarray(data.test_labels)
     results: dict[Arm, dict[str, Any]] = {}
     for arm in trained:
         model, optimizer = build_model(config, arm), build_optimizer(config)
-        like = jax.eval_shape(lambda m=model, o=optimizer: init_state(m, o, images[:2], 0))
-        state = load_newest(folder.checkpoints(arm), like)
-        score = jax.jit(functools.partial(accuracy, model, config.binarization))
-        results[arm] = finite(
-            {"step": int(state.step), "test_accuracy": float(score(state, images, labels))}
+        like = jax.eval_shape(
+            lambda m=model, o=optimizer: init_state(m, o, data.test_images[:2], 0)
         )
+        state = load_newest(folder.checkpoints(arm), like)
+        score = accuracy(model, config.binarization, state, data.test_images, data.test_labels)
+        results[arm] = finite({"step": int(state.step), "test_accuracy": score})
     return results
 
 

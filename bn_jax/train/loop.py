@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from bn_jax.data import Dataset
 from bn_jax.train.batches import batch_indices
 from bn_jax.train.build import build_average
+from bn_jax.train.chunks import split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.micro_batches import accumulate
 from bn_jax.train.placement import ONE_DEVICE, Placement, make_placement
@@ -25,22 +26,26 @@ from bn_jax.train.step import (
     Labels,
     TrainState,
     TrainStep,
-    accuracy_by_chunks,
+    count_right,
     in_chunks,
     init_state,
     make_train_step,
     whole_batch,
 )
 
+Activity = Literal["compiling", "training", "evaluating"]
+Watch = Callable[[Activity, int], None]
+"""Is told what begins now, and how many steps have been taken."""
+
 
 class Evaluation(NamedTuple):
-    """What is known after a chunk of steps.
+    """What is known after the steps between two evaluations.
 
     Attributes:
         step: steps taken so far.
-        train_loss: mean over the chunk's batches; NaN at step 0, before the first.
+        train_loss: mean over the batches since the last evaluation; NaN at step 0.
         test_accuracy: of all test images.
-        examples_per_second: of the chunk's training, without the evaluation.
+        examples_per_second: of the training since then, without compilation and evaluation.
     """
 
     step: int
@@ -89,45 +94,61 @@ def run_chunk(
 
 
 def train(
-    config: TrainConfig, model: nn.Module, optimizer: optax.GradientTransformation, data: Dataset
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    data: Dataset,
+    watch: Watch = lambda *_: None,
 ) -> Iterator[tuple[TrainState, Evaluation]]:
-    """Train, and yield the state and its evaluation before the first step and after each chunk.
+    """Train, and yield the state and its evaluation at step 0 and every so many steps.
 
     Raises:
         ValueError: a batch is larger than the data, or the devices are not there.
     """
     check_batch_size(config, data)
+    watch("compiling", 0)
     placement, examples = make_placement(config.devices), len(data.train_images)
     images = placement.examples(data.train_images)
     labels = placement.examples(data.train_labels.astype(np.int32))
-    test_images = placement.examples(in_chunks(data.test_images), axis=1)
-    # A label that no image has, where images are missing to equal shares.
-    test_labels = placement.examples(in_chunks(data.test_labels.astype(np.int32)), 1, filler=-1)
-    first = jnp.asarray(data.train_images[: config.batch_size])
+    # A label that no network says, where images are missing to equal shares.
+    test = [
+        (placement.examples(images), placement.examples(labels, filler=-1))
+        for images, labels in in_chunks(data.test_images, data.test_labels)
+    ]
+    first = data.train_images[: config.batch_size]
     state = placement.everywhere(init_state(model, optimizer, first, config.seed))
     gradients = build_gradients(config, placement)
     train_step = make_train_step(model, optimizer, config.binarization, gradients)
-    count = len(data.test_images)
-    score = jax.jit(functools.partial(accuracy_by_chunks, count, model, config.binarization))
+    right = jax.jit(functools.partial(count_right, model, config.binarization))
 
     def evaluate(state: TrainState) -> float:
-        return float(score(state, test_images, test_labels))
+        return sum(int(right(state, *chunk)) for chunk in test) / len(data.test_images)
 
     @functools.cache
     def compiled(steps: int) -> jax.stages.Compiled:
-        """A chunk, compiled ahead so that its first run can be timed like any other."""
+        """A call of some steps, compiled ahead so that its first run is timed like any other."""
+        watch("compiling", step)
         sizes = {"steps": steps, "batch_size": config.batch_size, "examples": examples}
         lowered = run_chunk.lower(train_step, state, images, labels, **sizes, placement=placement)
         return lowered.compile()
 
+    step = 0
     yield state, Evaluation(0, float("nan"), evaluate(state), 0.0)
-    for start in range(0, config.steps, config.evaluate_every):
-        steps = min(config.evaluate_every, config.steps - start)
-        chunk, begun = compiled(steps), time.perf_counter()
-        state, loss = jax.block_until_ready(chunk(state, images, labels))
-        seconds = time.perf_counter() - begun
+    most = steps_per_call(make_train_step(model, optimizer, config.binarization), state, first)
+    while step < config.steps:
+        steps = min(config.evaluate_every, config.steps - step)
+        losses = seconds = 0.0
+        for size in split(steps, most):
+            chunk = compiled(size)
+            watch("training", step)
+            begun = time.perf_counter()
+            state, loss = jax.block_until_ready(chunk(state, images, labels))
+            seconds += time.perf_counter() - begun
+            losses += size * float(loss)
+            step += size
+        watch("evaluating", step)
         rate = steps * config.batch_size / seconds
-        yield state, Evaluation(start + steps, float(loss), evaluate(state), rate)
+        yield state, Evaluation(step, losses / steps, evaluate(state), rate)
 
 
 def build_gradients(config: TrainConfig, placement: Placement) -> Gradients:

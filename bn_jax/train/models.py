@@ -13,10 +13,13 @@ import flax.linen as nn
 import jax
 from jax import Array
 
+from bn_jax.train.convolution import convolve
+
 Normalization = Callable[..., nn.Module]
 Activation = Callable[[Array], Array]
 Placement = Literal["pre-activation", "input"]
 Initializer = jax.nn.initializers.Initializer
+Conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -110,7 +113,7 @@ class CNN(nn.Module):
         )
         x = images[..., None]
         for filters in (self.filters, 2 * self.filters):
-            conv = functools.partial(nn.Conv, filters, (3, 3), kernel_init=self.kernel_init)
+            conv = functools.partial(Conv, filters, (3, 3), kernel_init=self.kernel_init)
             x = nn.max_pool(layer(conv)(x, train), (2, 2), strides=(2, 2))
         dense = functools.partial(nn.Dense, 128, kernel_init=self.kernel_init)
         x = layer(dense)(x.reshape(len(x), -1), train)
@@ -127,7 +130,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """Feature maps [batch, height, width, filters] -> the same shape."""
-        conv = functools.partial(nn.Conv, self.filters, (3, 3), kernel_init=self.kernel_init)
+        conv = functools.partial(Conv, self.filters, (3, 3), kernel_init=self.kernel_init)
         residual = NormalizedLayer(conv, nn.relu, self.normalization)(x, train)
         residual = conv(use_bias=self.normalization is None)(residual)
         return nn.relu(x + normalize(residual, self.normalization, train))
@@ -151,7 +154,7 @@ class Tower(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Planes [batch, height, width, channels] -> feature maps [..., filters]."""
-        conv = functools.partial(nn.Conv, self.filters, (3, 3), kernel_init=self.kernel_init)
+        conv = functools.partial(Conv, self.filters, (3, 3), kernel_init=self.kernel_init)
         x = NormalizedLayer(conv, nn.relu, self.normalization)(x, train)
         for _ in range(self.blocks):
             x = ResidualBlock(self.filters, self.normalization, self.kernel_init)(x, train)
@@ -168,7 +171,7 @@ class PolicyHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Feature maps [batch, height, width, filters] -> logits [batch, outputs]."""
-        conv = functools.partial(nn.Conv, 2, (1, 1), kernel_init=self.kernel_init)
+        conv = functools.partial(Conv, 2, (1, 1), kernel_init=self.kernel_init)
         x = NormalizedLayer(conv, nn.relu, self.normalization)(x, train)
         return nn.Dense(self.outputs, kernel_init=self.kernel_init)(x.reshape(len(x), -1))
 
@@ -182,7 +185,7 @@ class ValueHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Feature maps [batch, height, width, filters] -> values [batch] between -1 and 1."""
-        conv = functools.partial(nn.Conv, 1, (1, 1), kernel_init=self.kernel_init)
+        conv = functools.partial(Conv, 1, (1, 1), kernel_init=self.kernel_init)
         x = NormalizedLayer(conv, nn.relu, self.normalization)(x, train)
         x = nn.relu(nn.Dense(256, kernel_init=self.kernel_init)(x.reshape(len(x), -1)))
         return nn.tanh(nn.Dense(1, kernel_init=self.kernel_init)(x))[:, 0]

@@ -28,21 +28,20 @@ class Placement:
 
     mesh: Mesh | None = None
 
-    def examples(self, array: np.ndarray, axis: int = 0, filler: int = 0) -> Array:
+    def examples(self, array: np.ndarray, filler: int = 0) -> Array:
         """An array of this process, each device with its share of the examples alone.
 
         Args:
             array: the same in each process.
-            axis: of the examples.
             filler: what makes up for examples that are missing to equal shares.
         """
         if self.mesh is None:
             return jnp.asarray(array)
-        missing = -array.shape[axis] % self.mesh.size
+        missing = -len(array) % self.mesh.size
         if missing:
-            widths = [(0, missing if i == axis else 0) for i in range(array.ndim)]
+            widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
             array = np.pad(array, widths, constant_values=filler)
-        return self.put(array, PartitionSpec(*[None] * axis, DATA))
+        return self.put(array, PartitionSpec(DATA))
 
     def everywhere(self, tree: Any) -> Any:
         """A tree of arrays of this process, whole on each device."""

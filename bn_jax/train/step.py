@@ -1,11 +1,13 @@
 """One page: the training state, the loss, a training step, an evaluation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int, UInt8
@@ -91,39 +93,39 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Floa
 
 def accuracy(
     model: nn.Module, binarization: Binarization, state: TrainState, images: Images, labels: Labels
-) -> Float[Array, ""]:
+) -> float:
     """The share of images that the network labels rightly, by its running statistics.
 
     Under a stochastic input, all evaluations see the same draw.
     """
-    chunks = jax.tree.map(in_chunks, (images, labels))
-    return accuracy_by_chunks(len(images), model, binarization, state, *chunks)
+    count = jax.jit(functools.partial(count_right, model, binarization))
+    chunks = in_chunks(np.asarray(images), np.asarray(labels))
+    return sum(int(count(state, *chunk)) for chunk in chunks) / len(images)
 
 
-def accuracy_by_chunks(
-    count: int,
-    model: nn.Module,
-    binarization: Binarization,
-    state: TrainState,
-    images: UInt8[Array, "chunks size height width"],
-    labels: Int[Array, "chunks size"],
-) -> Float[Array, ""]:
-    """The same, of images in chunks, of which count have a label that may be right."""
+def count_right(
+    model: nn.Module, binarization: Binarization, state: TrainState, images: Images, labels: Labels
+) -> Int[Array, ""]:
+    """How many of the images the network labels rightly."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    key = jax.random.key(0)
-
-    def correct(chunk: tuple[Images, Labels]) -> Array:
-        inputs = binarize(chunk[0], binarization, key)
-        logits: Any = model.apply(variables, inputs, train=False)
-        return jnp.argmax(logits, -1) == chunk[1]
-
-    return jnp.sum(jax.lax.map(correct, (images, labels)).astype(jnp.float32)) / count
+    inputs = binarize(images, binarization, jax.random.key(0))
+    logits: Any = model.apply(variables, inputs, train=False)
+    return jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
 
 
-def in_chunks(examples: Any) -> Any:
-    """[n, ...] -> [chunks, size, ...], as the activations of 10,000 images can be gigabytes."""
-    size = next(size for size in (1000, 100, 10, 1) if len(examples) % size == 0)
-    return examples.reshape(-1, size, *examples.shape[1:])
+def in_chunks(
+    images: np.ndarray, labels: np.ndarray, most: int = 1000
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Examples in chunks of one size, as the activations of 10,000 images can be gigabytes.
+
+    Where examples are missing to equal chunks, a label is -1, which no network says.
+    """
+    count = -(-len(images) // most)
+    size = -(-len(images) // count)
+    missing = count * size - len(images)
+    images = np.pad(images, [(0, missing), (0, 0), (0, 0)])
+    labels = np.pad(labels.astype(np.int32), (0, missing), constant_values=-1)
+    return list(zip(np.split(images, count), np.split(labels, count), strict=True))
 
 
 def binarize(images: Images, binarization: Binarization, key: Array) -> Float[Array, "..."]:

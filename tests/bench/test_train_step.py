@@ -1,32 +1,56 @@
-"""A smoke of the training benchmark: both loops train, and alike."""
+"""The loops of the training benchmark train, and train the same networks."""
+
+import math
 
 import jax
 import numpy as np
+import pytest
 
 from bn_jax.bench import train_step
 from bn_jax.data import Dataset
+from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.step import init_state
+
+MODELS = ("mlp", pytest.param("cnn", marks=pytest.mark.slow), "tower")
+CONFIGS = {
+    "mlp": TrainConfig(hidden=(8, 5)),
+    "cnn": TrainConfig(model="cnn", filters=2),
+    "tower": TrainConfig(model="tower", filters=2, blocks=1),
+}
 
 
-def test_both_loops_run(lenient):
+def draw(count):
+    """Images of noise."""
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (240, 28, 28), np.uint8)
-    labels = generator.integers(0, 10, 240).astype(np.uint8)
-    data = Dataset(images, labels, images, labels)
-    timings = train_step.measure(data, steps=4, turns=2)
-    assert set(timings) == {train_step.OURS, train_step.THEIRS}
-    for timing in timings.values():
-        assert len(timing.seconds) == 2
-        assert min(timing.seconds) > 0
+    images = generator.integers(0, 256, (count, 28, 28), np.uint8)
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    return Dataset(images, labels, images, labels)
 
 
-def test_both_loops_update_the_same_network(lenient):
+def test_every_loop_that_can_run_has_its_turns(lenient, monkeypatch):
+    steps = []
+
+    def loop(config, data, count):
+        return lambda: steps.append(count)
+
+    for name in ("scanned", "step_by_step", "torch_eager"):
+        monkeypatch.setattr(train_step, name, loop)
+    for found in (None, object()):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
+        timings = train_step.measure(TrainConfig(), draw(1), steps=4, turns=2)
+        names = [train_step.OURS, train_step.THEIRS, train_step.TORCH]
+        assert list(timings) == (names if found else names[:2])
+        assert all(len(timing.seconds) == 2 for timing in timings.values())
+    assert steps == [4] * 15  # a turn that does not count, and two that do
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_both_loops_update_the_same_network(model, lenient):
     """What is timed is the same work: equally many parameters, all of them moved."""
-    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), np.uint8)
-    labels = (np.arange(120) % 10).astype(np.uint8)
-    data, sizes = Dataset(images, labels, images, labels), {}
+    data, sizes = draw(120), {}
     for build in (train_step.scanned, train_step.step_by_step):
-        run = build(TrainConfig(), data, 1)
+        run = build(CONFIGS[model], data, 1)
         cell = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))["state"]
         before = jax.tree.map(np.array, cell.cell_contents[0])
         run()
@@ -35,3 +59,23 @@ def test_both_loops_update_the_same_network(lenient):
         assert all(jax.tree.leaves(moved))
         sizes[build.__name__] = sum(a.size for a in jax.tree.leaves(after))
     assert sizes["scanned"] == sizes["step_by_step"]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("model", CONFIGS)
+def test_torch_trains_the_same_network(model):
+    torch = pytest.importorskip("torch")
+    config = CONFIGS[model]
+    images = np.zeros((2, 28, 28), np.uint8)
+    ours = jax.eval_shape(
+        lambda: init_state(build_model(config, "batch"), build_optimizer(config), images, 0)
+    )
+    theirs = train_step.torch_network(torch, config)
+    logits = theirs(torch.zeros(2, 28, 28))
+    assert logits.shape == (2, 10)
+
+    def sizes(leaves):
+        return sorted(math.prod(leaf.shape) for leaf in leaves)
+
+    assert sizes(theirs.parameters()) == sizes(jax.tree.leaves(ours.params))
+    train_step.torch_eager(config, draw(120), 2)()

@@ -66,9 +66,9 @@ def test_each_device_holds_its_share(digits):
     rows = [shard.data for shard in images.addressable_shards]
     assert [len(part) for part in rows] == [8] * 8
     np.testing.assert_array_equal(np.concatenate(rows)[:60], digits.train_images[:60])
-    labels = placement.examples(np.ones((3, 10), np.int32), axis=1, filler=-1)
-    assert labels.sharding.spec == PartitionSpec(None, "data")
-    assert np.asarray(labels).tolist() == [[1] * 10 + [-1] * 6] * 3
+    labels = placement.examples(np.ones(10, np.int32), filler=-1)
+    assert labels.sharding.spec == PartitionSpec("data")
+    assert np.asarray(labels).tolist() == [1] * 10 + [-1] * 6
 
 
 def test_each_device_computes_its_share(digits):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 
 from bn_jax.train import experiment
 from bn_jax.train.checkpoint import CheckpointError, newest_checkpoint
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.display import progress_bars
 from bn_jax.train.experiment import Interrupted, evaluate_run, run_experiment
 from bn_jax.train.loop import Evaluation
 from bn_jax.train.run_folder import RunFolder, RunFolderError
@@ -141,7 +143,7 @@ def test_the_table_above_has_every_flag_and_every_choice():
 def instant(monkeypatch):
     """Training takes no time and changes nothing but the step."""
 
-    def train(config, model, optimizer, data):
+    def train(config, model, optimizer, data, watch):
         start = init_state(model, optimizer, data.train_images[:2], config.seed)
         best = 0.9 if model.normalization else 0.5
         for step in (*range(0, config.steps, config.evaluate_every), config.steps):
@@ -198,6 +200,45 @@ def test_what_one_sees(tmp_path, instant):
         str(tmp_path / "run"),
     ):
         assert part in text, part
+
+
+def test_what_one_sees_of_what_takes_long(monkeypatch):
+    """The activity in place of the figures: compiling at once, the rest after a second."""
+    screen = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr("time.monotonic", lambda: 107.5)
+    with progress_bars(screen) as progress:
+        fields = {"total": 9, "loss": "0.5000", "accuracy": "0.9000"}
+        task = progress.add_task("without", **fields, activity=None)
+
+        def text(activity, since):
+            progress.update(task, completed=0, activity=(activity, since))
+            with screen.capture() as capture:
+                screen.print(progress.get_renderable())
+            return capture.get()
+
+        assert "compiling, 0 s" in text("compiling", 107.4)
+        assert "compiling, 7 s" in text("compiling", 100.5)
+        assert "evaluating, 1 s" in text("evaluating", 106.2)
+        known = "loss 0.5000  accuracy 0.9000"
+        assert known in text("evaluating", 106.8)
+        assert known in text("training", 107.0)
+        assert known not in text("training", 106.0)
+
+
+def test_a_bar_says_what_is_done(tmp_path, monkeypatch):
+    """Before the first step is over, and never when all is over."""
+    seen = []
+
+    class Recorder(Progress):
+        def update(self, task, **fields):
+            seen.append(fields.get("activity", ("evaluated",)))
+            super().update(task, **fields)
+
+    monkeypatch.setattr("bn_jax.train.display.Progress", Recorder)
+    run(tmp_path / "run", norm="none")
+    names = [activity and activity[0] for activity in seen]
+    assert names[:3] == ["compiling", "evaluated", "compiling"]
+    assert names[3:] == ["training", "evaluating", "evaluated"] * 2 + [None]
 
 
 def test_one_arm_alone(tmp_path, instant):

@@ -7,6 +7,7 @@ import pytest
 
 from bn_jax.train.batches import batch_indices
 from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.chunks import STEPS, split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.step import accuracy, init_state, make_train_step
@@ -130,3 +131,55 @@ def test_a_batch_larger_than_the_data(digits):
 def test_a_batch_of_all_the_data(digits):
     *_, (state, evaluation) = run(digits, batch_size=240, steps=2, evaluate_every=2)
     assert int(state.step) == evaluation.step == 2
+
+
+def test_a_long_run_is_many_short_calls(digits, monkeypatch):
+    """Of 10 steps between evaluations at most 3 at once, and what is done is told before."""
+    monkeypatch.setattr("bn_jax.train.loop.steps_per_call", lambda *_: 3)
+    config, told = TrainConfig(**SMALL | {"steps": 14, "evaluate_every": 10}), []
+    model, optimizer = build_model(config, "batch"), build_optimizer(config)
+    got = list(train(config, model, optimizer, digits, lambda *what: told.append(what)))
+    assert told == [
+        ("compiling", 0),
+        *(("compiling", 0), *(("training", step) for step in range(0, 10, 2)), ("evaluating", 10)),
+        *(("training", 10), ("training", 12), ("evaluating", 14)),
+    ]
+    expected = run(digits, steps=14, evaluate_every=10)
+    for (state, evaluation), (other, whole) in zip(got, expected, strict=True):
+        for x, y in zip(leaves(state), leaves(other), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        a, b = (e._replace(train_loss=0, examples_per_second=0) for e in (evaluation, whole))
+        assert a == b
+        assert evaluation.train_loss == pytest.approx(whole.train_loss, rel=1e-6, nan_ok=True)
+
+
+def test_a_call_has_as_many_steps_as_its_time_allows():
+    """By the network's work: 2·2·60·784·n operations for a layer of n features, and a few more."""
+
+    def size(**options):
+        config = TrainConfig(**options)
+        model, optimizer = build_model(config, "batch"), build_optimizer(config)
+        images = np.zeros((config.batch_size, 28, 28), np.uint8)
+        state = init_state(model, optimizer, images[:1], 0)
+        return steps_per_call(make_train_step(model, optimizer, "threshold"), state, images)
+
+    assert size(hidden=(1,)) == STEPS
+    wide = 5e9 / (2 * 2 * 60 * 784 * 400)
+    assert 0.5 * wide < size(hidden=(400,)) < wide
+    assert size(hidden=(400,), batch_size=60_000) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "most", "sizes"),
+    [
+        (10, 10, [10]),
+        (10, 100, [10]),
+        (10, 9, [5, 5]),
+        (10, 1, [1] * 10),
+        (500, 185, [125] * 4),
+        (7, 3, [3, 2, 2]),
+        (1, 1, [1]),
+    ],
+)
+def test_steps_as_calls_of_few_sizes(steps, most, sizes):
+    assert split(steps, most) == sizes

@@ -1,0 +1,37 @@
+"""How many steps one compiled call takes: few enough to be interrupted and shown, for any network.
+
+The sizes depend on the network and the kind of device alone, not on measured time: several
+processes must make the same calls, and a run must be the same tomorrow.
+"""
+
+import jax
+import numpy as np
+
+from bn_jax.train.step import TrainState, TrainStep
+
+OPERATIONS = {"cpu": 5e9}
+"""Floating-point operations that a call of several steps may have: half a second at 10¹⁰ per
+second, as an old CPU makes them."""
+
+OPERATIONS_ELSEWHERE = 2e11
+"""On a GPU or TPU."""
+
+STEPS = 1000
+"""Steps that a call may have, however short: they take 0.05 ms or more."""
+
+
+def steps_per_call(train_step: TrainStep, state: TrainState, images: np.ndarray) -> int:
+    """How many steps on a batch of such images one compiled call may take."""
+    (device, *_) = state.step.devices()
+    labels = np.zeros(len(images), np.int32)
+    costs = jax.jit(train_step).lower(jax.eval_shape(lambda: state), images, labels).cost_analysis()
+    most = OPERATIONS.get(device.platform, OPERATIONS_ELSEWHERE) / costs["flops"]
+    return int(min(max(most, 1), STEPS))
+
+
+def split(steps: int, most: int) -> list[int]:
+    """Steps as calls of at most so many: equal ones if possible, which one compilation serves."""
+    least = -(-steps // most)
+    calls = next((n for n in range(least, 2 * least) if steps % n == 0), least)
+    size, rest = divmod(steps, calls)
+    return [size + 1] * rest + [size] * (calls - rest)
