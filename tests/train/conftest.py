@@ -76,6 +76,7 @@ def on_digits(digits, monkeypatch, lenient):
 @pytest.fixture
 def main(monkeypatch):
     """Runs a command line in this process; returns its exit status."""
+    jax.devices()  # JAX is in use: no command may split the CPU otherwise than in eight
 
     def run(*arguments) -> int:
         from bn_jax.cli import main
