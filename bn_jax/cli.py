@@ -24,7 +24,7 @@ try:
     from rich.markup import escape
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"bn-jax needs {error.name} to train; install it with: pip install 'bn-jax[train]'"
+        f"bn-jax needs {error.name}; install it from the checkout with: pip install -e '.[train]'"
     ) from error
 
 from bn_jax import __version__, hints

@@ -103,6 +103,25 @@ def test_only_a_checkout_is_installed(path):
             assert set(re.findall(r"\w+", command.partition("[")[2])) <= known
 
 
+def test_nothing_else_says_to_install_from_an_index():
+    """Extras may be named in pyproject.toml, where they include each other."""
+    found = subprocess.run(
+        [
+            "git",
+            "grep",
+            "-nE",
+            r"pip install.*bn-jax|bn-jax\[",
+            "--",
+            ":!pyproject.toml",
+            ":!tests",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert not found.stdout, found.stdout
+
+
 def anchor(title):
     """A heading's anchor, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

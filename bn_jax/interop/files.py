@@ -92,7 +92,7 @@ def read_file(path: str | os.PathLike[str]) -> Arrays:
         safetensors: Any = importlib.import_module("safetensors")
     except ImportError as error:
         raise ImportError(
-            f"reading {path} needs safetensors: pip install safetensors, or bn-jax[interop]"
+            f"reading {path} needs safetensors; install it with: pip install safetensors"
         ) from error
     try:
         return Arrays(path, safetensors.safe_open(path, framework="np"))
