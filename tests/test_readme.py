@@ -105,20 +105,9 @@ def test_only_a_checkout_is_installed(path):
 
 def test_nothing_else_says_to_install_from_an_index():
     """Extras may be named in pyproject.toml, where they include each other."""
-    found = subprocess.run(
-        [
-            "git",
-            "grep",
-            "-nE",
-            r"pip install.*bn-jax|bn-jax\[",
-            "--",
-            ":!pyproject.toml",
-            ":!tests",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    search = ["git", "grep", "-nE", r"pip install ['\"]?bn-jax|bn-jax\["]
+    places = ["--", ":!pyproject.toml", ":!tests/test_readme.py"]
+    found = subprocess.run([*search, *places], cwd=ROOT, capture_output=True, text=True)
     assert not found.stdout, found.stdout
 
 
