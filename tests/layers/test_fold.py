@@ -1,7 +1,9 @@
 """Whole models without batch norms: the same results, and a report of every batch norm."""
 
+import inspect
 import re
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import bn_jax.layers.linen as our_linen
 import bn_jax.layers.nnx as our_nnx
 from bn_jax.bench.fold import deep_linen
 from bn_jax.layers.fold import fold_linen, fold_nnx, identity
+from bn_jax.layers.fold_chain import DENSE, LINEAR, Link, fold_chain
 
 BAR = 2e-6
 RNGS = nnx.Rngs(0)
@@ -162,6 +165,36 @@ def test_what_stays_and_why(case, lenient):
     assert len(report.stays) == len(report) > 0
     jax.tree.map(np.testing.assert_array_equal, fewer, variables)
     np.testing.assert_array_equal(run(folded, fewer, x), run(model, variables, x))
+
+
+OWN = {
+    "dot_general": (nn.Dense, nnx.Linear),
+    "dot_general_cls": (nn.Dense,),
+    "conv_general_dilated": (nn.Conv, nnx.Conv),
+    "conv_general_dilated_cls": (nn.Conv,),
+    "preferred_element_type": (nn.ConvTranspose, nnx.Linear, nnx.Conv, nnx.ConvTranspose),
+    "promote_dtype": LINEAR,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, kind) for n, kinds in OWN.items() for kind in kinds]
+)
+def test_a_layer_that_may_compute_something_else_stays(name, kind):
+    """What another product than flax's makes of a kernel is not known, nor its dtype."""
+    if name not in inspect.signature(kind.__init__).parameters:
+        pytest.skip(f"{kind.__name__} of flax {flax.__version__} has no {name}")
+    own = jnp.bfloat16 if name == "preferred_element_type" else lambda *values, **options: None
+    window = () if kind in DENSE else ((3,),)
+    if issubclass(kind, nn.Module):
+        layer, norm = kind(4, *window, **{name: own}), linen_norm()
+    else:
+        layer = kind(4, 4, *window, **{name: own}, rngs=RNGS)
+        norm = our_nnx.BatchNorm(4, rngs=RNGS)
+    values = {"kernel": jnp.ones((3, 4, 4)), "mean": jnp.ones(4), "var": jnp.ones(4)}
+    folding = fold_chain([Link("layer", layer, values), Link("norm", norm, values)])
+    assert not folding.gone
+    assert f"layer {kind.__name__} has a {name} of its own" in folding.fates[0].why_not
 
 
 def test_two_in_a_row():
