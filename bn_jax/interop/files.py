@@ -46,11 +46,11 @@ class Arrays(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             return self.file.get_tensor(name)
-        except (AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # of several types, by the version of safetensors
             dtype = self.file.get_slice(name).get_dtype()
             raise refusal(
                 f"{name} in {self.path}",
-                f"is of dtype {dtype}, which numpy has not",
+                f"is of dtype {dtype}, which numpy has not ({error})",
                 "convert it to float32 by what wrote it, with its scale if it has one",
             ) from error
 
