@@ -111,7 +111,7 @@ def where_a_kernel_finds_it(source: str, folder: Path, python: Path, monkeypatch
     monkeypatch.delenv("PYTHONPATH", raising=False)
     notebook = new_notebook(cells=[new_code_cell(source), new_code_cell(USE)])
     client = nbclient.NotebookClient(
-        notebook, timeout=900, kernel_name="fresh", resources={"metadata": {"path": folder}}
+        notebook, timeout=1800, kernel_name="fresh", resources={"metadata": {"path": folder}}
     )
     client.execute()
     return Path(notebook.cells[1].outputs[-1].text.splitlines()[-1])

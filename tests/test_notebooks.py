@@ -55,7 +55,7 @@ def test_lesson_runs(path):
         source = f"try:\n    check_{number}({answer})\nexcept AssertionError:\n    print('refused')"
         notebook.cells.append(new_code_cell(source, metadata={"tags": ["wrong"]}))
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
