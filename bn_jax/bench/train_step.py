@@ -183,7 +183,7 @@ def run(*, turns: int = 15, data_dir: Path | None = None) -> Report:
     data, rows = load(data_dir=data_dir), []
     for model in get_args(Model):
         config = configuration(model)
-        steps = min(10 * chunk_size(config), 1000)
+        steps = min(2 * chunk_size(config), 1000)
         rows += [
             {
                 "model": model,

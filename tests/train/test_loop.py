@@ -164,9 +164,9 @@ def test_a_call_has_as_many_steps_as_its_time_allows():
         return steps_per_call(make_train_step(model, optimizer, "threshold"), state, images)
 
     assert size(hidden=(1,)) == STEPS
-    wide = 5e9 / (2 * 2 * 60 * 784 * 400)
-    assert 0.5 * wide < size(hidden=(400,)) < wide
-    assert size(hidden=(400,), batch_size=60_000) == 1
+    wide = 2e10 / (2 * 2 * 60 * 784 * 1000)
+    assert 0.5 * wide < size(hidden=(1000,)) < wide
+    assert size(hidden=(1000,), batch_size=60_000) == 1
 
 
 @pytest.mark.parametrize(
