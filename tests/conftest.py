@@ -23,10 +23,24 @@ install_import_hook("bn_jax.core", "beartype.beartype")
 import jax
 import pytest
 
+from tests.compiling import compile_quickly, remember_programs
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU, JAX multiplies matrices with 10 bits of precision unless it is told otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config):
+    """Compiled programs lie in pytest's cache, which --cache-clear empties."""
+    if cache := getattr(config, "cache", None):
+        remember_programs(cache.mkdir("jax"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture, as some of them compile."""
+    compile_quickly(item.get_closest_marker("optimized") is None)
 
 
 @pytest.fixture

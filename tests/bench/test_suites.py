@@ -14,7 +14,7 @@ from bn_jax.bench.peers import FUNCTIONAL, OURS, PEERS, installed
 from bn_jax.bench.plots import save_plots
 from bn_jax.bench.report import Bar, Report, save, show
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = [pytest.mark.usefixtures("lenient"), pytest.mark.optimized]
 HERE = installed()
 
 

@@ -14,6 +14,8 @@ import bn_jax as bn
 from bn_jax.bench import oracle
 from bn_jax.bench.accuracy import errors, nominal_bars, normal, ulp
 
+pytestmark = pytest.mark.optimized
+
 OFFSETS = [0.0, 1e2, 1e4, 1e5]
 
 

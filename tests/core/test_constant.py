@@ -13,6 +13,8 @@ import pytest
 import bn_jax as bn
 from bn_jax.bench import oracle
 
+pytestmark = pytest.mark.optimized
+
 C = 16
 COUNTS = [2, 3, 5, 7, 13, 25, 61, 97, 251, 509, 1021, 4093, 65537]
 SOME_COUNTS = [7, 25, 97, 251, 4093]

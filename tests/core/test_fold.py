@@ -26,8 +26,6 @@ import bn_jax as bn
 from bn_jax.bench.oracle import U
 from tests.core.draws import few, seeds
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 BAR = 2e-6
 R = 100
 EPSILON = 1e-5

@@ -16,8 +16,6 @@ from bn_jax.bench.scaling import collectives
 from tests.core.draws import batches, few
 from tests.devices import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 PARAMS = bn.BatchNormParams(jnp.array([2.0, -1.0, 0.5]), jnp.array([0.0, 1.0, 3.0]))
 _, STATE = bn.init(3)
 STATIC = ("train", "average", "feature_axis", "unbiased", "group_size")

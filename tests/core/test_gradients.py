@@ -15,7 +15,7 @@ import pytest
 import bn_jax as bn
 from bn_jax.bench import oracle
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_to_compile")
+pytestmark = pytest.mark.usefixtures("x64")
 
 SHAPE = (5, 4, 3)
 RANDOM = np.random.default_rng(0)

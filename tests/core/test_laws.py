@@ -18,6 +18,8 @@ import bn_jax as bn
 from bn_jax.bench import oracle
 from tests.core.draws import anything, batches, few, laws, normals, permutations
 
+pytestmark = pytest.mark.optimized
+
 M, C = 12, 3
 BAR = 5e-6
 PARAMS = bn.BatchNormParams(jnp.array([1.5, -0.5, 1.0]), jnp.array([0.25, 2.0, -1.0]))

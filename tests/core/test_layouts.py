@@ -126,7 +126,7 @@ def parameters(cases, **options):
         *parameters([case for case in EVERY if case not in QUICK], marks=pytest.mark.slow),
     ],
 )
-def test_layouts(layout, devices, group_size, kind, filled, quick_to_compile):
+def test_layouts(layout, devices, group_size, kind, filled):
     x, where = padded(kind, filled)
     y, dx, dscale, dbias, state = LAYOUTS[layout](devices, group_size)(x, where, DY)
     outcome = oracle.Outcome(y, dx, dscale, dbias, state.mean, state.var)

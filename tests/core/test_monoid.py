@@ -16,6 +16,8 @@ import bn_jax as bn
 from bn_jax.bench import oracle
 from tests.core.draws import batches, labels, laws
 
+pytestmark = pytest.mark.optimized
+
 M, C = 24, 3
 measure, merge = jax.jit(bn.measure), jax.jit(bn.merge)
 NOTHING = bn.Moments(*jnp.zeros((3, C)))

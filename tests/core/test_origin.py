@@ -11,6 +11,8 @@ from bn_jax.bench import oracle
 from bn_jax.core.origin import mean_of_part, part_p
 from tests.devices import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 
 def size(x, axes, run=jax.jit):
     """How many values the origin is made of, if x is 1 where its batch axes begin, else 0."""

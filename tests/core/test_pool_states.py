@@ -11,8 +11,6 @@ import pytest
 import bn_jax as bn
 from tests.devices import pmap
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 RANDOM = np.random.default_rng(0)
 BATCHES = (RANDOM.standard_normal((3, 5, 8, 2)) * [1, 3] + [100, -7]).astype(np.float32)
 close = partial(np.testing.assert_allclose, rtol=1e-5)

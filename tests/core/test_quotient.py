@@ -16,6 +16,8 @@ from bn_jax.core.quotient import divide_in_double, quotient
 from tests.core.draws import laws
 from tests.devices import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 normal = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False).map(np.float32)
 DIVIDE = {"jit": jax.jit(quotient), "op by op": quotient, "on a GPU": divide_in_double}
 

@@ -13,8 +13,6 @@ import bn_jax as bn
 from bn_jax.bench.scaling import collectives
 from tests.devices import make_mesh, pmap
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 ROWS, MEMBERS = 16, 8
 RANDOM = np.random.default_rng(0)
 X = (RANDOM.standard_normal((ROWS, 3)) * 2 + 100).astype(np.float32)

@@ -8,6 +8,8 @@ import pytest
 
 from bn_jax.core.rounded import rounded
 
+pytestmark = pytest.mark.optimized
+
 # All bfloat16s with all kinds of tails: nothing, just above, below, at and beyond the middle.
 HEADS = np.arange(2**16, dtype=np.uint32) << 16
 TAILS = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)

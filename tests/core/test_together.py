@@ -14,6 +14,8 @@ from bn_jax.core.stored import stored
 from bn_jax.core.together import add_over, add_together, spread_together
 from tests.devices import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 # Shapes and feature axes: cut in blocks along one axis or another, or along none.
 CASES = [
     ((5, 14, 3, 4), (3,)),

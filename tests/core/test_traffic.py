@@ -12,6 +12,8 @@ from bn_jax.bench.peers import OURS
 from bn_jax.bench.stack import make_stack
 from bn_jax.core.together import add_apart
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (16, 28, 28, 32)
 on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA's CPU compiler")
 fuses = pytest.mark.skipif(

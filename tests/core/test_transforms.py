@@ -24,7 +24,6 @@ import bn_jax as bn
 from tests import devices
 
 ROWS = 16
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

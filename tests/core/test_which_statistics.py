@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 import bn_jax as bn
 from tests.devices import make_mesh, pmap
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 SHARDS, ROWS, GROUP = 8, 4, 2
 ALL = SHARDS * ROWS
 RANDOM = np.random.default_rng(0)

@@ -21,13 +21,6 @@ BAR = 2e-6
 RNGS = nnx.Rngs(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def shaken(tree):
     """Values as training leaves them: no zeros and ones, and variances that are positive."""
     random = np.random.default_rng(0)

@@ -85,11 +85,9 @@ def trained(model, steps=3):
 @pytest.fixture(scope="module")
 def resnets():
     """Models, losses and variables after the same three steps, of flax's and of ours."""
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         models = ResNet(nn.BatchNorm), ResNet(bn_jax.layers.linen.BatchNorm)
         yield [(model, *trained(model)) for model in models]
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_resnet_trains_the_same(resnets):

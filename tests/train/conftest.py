@@ -14,14 +14,6 @@ import pytest
 from bn_jax.data import Dataset
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Most of these tests compile more than they compute."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_digits(train: int = 240, test: int = 100) -> Dataset:
     """Noisy images; class k lights two rows of pixels of its own."""
     random = np.random.default_rng(0)
