@@ -10,7 +10,6 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import jax
 import pytest
 import tyro
 
@@ -41,16 +40,8 @@ def commands(path):
     return [part.split("#")[0].strip() for line in lines for part in line.split("&&")]
 
 
-@pytest.fixture(scope="module")
-def quick_to_compile():
-    """The speed of what runs here does not matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("path", PAGES, ids=name)
-def test_python_blocks_run_in_order(path, lenient, quick_to_compile):
+def test_python_blocks_run_in_order(path, lenient):
     """A page's blocks share their names, as in one session."""
     names = {}
     for block in blocks(path, "python"):

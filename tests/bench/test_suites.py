@@ -4,6 +4,7 @@ import json
 import math
 from typing import get_args, get_type_hints
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -103,10 +104,20 @@ def test_memory_keeps_x_and_numbers_per_feature():
         assert kept[dtype, "flax"] >= 2 * x
 
 
-def test_compile_time(tmp_path):
-    report = compile_time.run([OURS, "flax"], turns=2, shape=(2, 4, 4, 4), depth=2)
-    assert {r["what"] for r in report.rows} == {"layer", "stack of 2"}
-    assert len(report.bars) == 2
+def test_compile_time(run_once, shape=(2, 4, 4, 4)):
+    """What is compiled is a training step with all its gradients, of one layer and of a stack."""
+    comparisons = run_once(compile_time)
+    report = compile_time.run([OURS, "flax"], shape=shape, depth=2)
+    for layers, compiled in ((1, comparisons[0]), (2, comparisons[1])):
+        assert set(compiled) == {OURS, "flax"}
+        for name, step in compiled.items():
+            shapes = [leaf.shape for leaf in jax.tree.leaves(step.out_info)]
+            # The running mean, variance (and count), and the gradients of scale and bias.
+            assert shapes.count(shape[-1:]) == (5 if name == OURS else 4) * layers
+            # y and x's gradient, or the gradients of the kernels.
+            assert shapes.count(shape if layers == 1 else (3, 3, 4, 4)) == 2
+    assert [r["what"] for r in report.rows] == ["layer"] * 2 + ["stack of 2"] * 2
+    assert [(bar.value, bar.met) for bar in report.bars] == [(0.5, True)] * 2
 
 
 def test_a_report_is_shown_and_saved_whole(tmp_path):

@@ -10,10 +10,9 @@ from flax import nnx
 import bn_jax.layers.linen as our_linen
 import bn_jax.layers.nnx as our_nnx
 from bn_jax.layers.fold import fold_linen, fold_nnx
-from tests.layers.test_fold import RNGS, inputs, lines, quick_to_compile, same, shaken
+from tests.layers.test_fold import RNGS, inputs, lines, same, shaken
 
 pytestmark = pytest.mark.usefixtures("lenient")
-__all__ = ["quick_to_compile"]
 KINDS = [our_linen.BatchNorm, nn.BatchNorm]
 
 
