@@ -49,7 +49,8 @@ def shuffled(places: Int[Array, " n"], key: Array, count: int) -> Int[Array, " n
     return lax.while_loop(
         lambda numbers: outside(numbers).any(),
         lambda numbers: jnp.where(outside(numbers), permute(numbers), numbers),
-        permute(places.astype(jnp.uint32)),
+        # Places that are not below count could be led around outside for ever.
+        permute(places.astype(jnp.uint32) % jnp.uint32(count)),
     ).astype(places.dtype)
 
 

@@ -4,6 +4,8 @@ The sizes depend on the network and the kind of device alone, not on measured ti
 processes must make the same calls, and a run must be the same tomorrow.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -27,7 +29,8 @@ def steps_per_call(train_step: TrainStep, state: TrainState, images: np.ndarray)
     """How many steps on a batch of such images one compiled call may take."""
     (device, *_) = state.step.devices()
     labels = np.zeros(len(images), np.int32)
-    costs = jax.jit(train_step).lower(jax.eval_shape(lambda: state), images, labels).cost_analysis()
+    lowered = jax.jit(train_step).lower(jax.eval_shape(lambda: state), images, labels)
+    costs: Any = lowered.cost_analysis()
     most = OPERATIONS.get(device.platform, OPERATIONS_ELSEWHERE) / costs["flops"]
     return int(min(max(most, 1), STEPS))
 

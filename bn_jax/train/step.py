@@ -13,8 +13,8 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 Binarization = Literal["threshold", "stochastic", "none"]
-Images = UInt8[Array, "batch height width"]
-Labels = Int[Array, " batch"]
+Images = UInt8[Array | np.ndarray, "batch height width"]
+Labels = Int[Array | np.ndarray, " batch"]
 
 
 class TrainState(NamedTuple):
@@ -130,9 +130,10 @@ def in_chunks(
 
 def binarize(images: Images, binarization: Binarization, key: Array) -> Float[Array, "..."]:
     """Grey levels 0..255 as the network's input, 0 or 1 (or between, with "none")."""
+    levels = jnp.asarray(images)
     if binarization == "threshold":
-        return (images > 127).astype(jnp.float32)
-    grey = images.astype(jnp.float32) / 255
+        return (levels > 127).astype(jnp.float32)
+    grey = levels.astype(jnp.float32) / 255
     if binarization == "stochastic":
         return jax.random.bernoulli(key, grey).astype(jnp.float32)
     return grey

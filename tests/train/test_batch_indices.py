@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax.train.batches import batch_indices
+from bn_jax.train.batches import batch_indices, shuffled
 
 EPOCHS = 8
 # (examples, batch size): with a remainder, without, one batch per epoch, one example per batch.
@@ -35,6 +35,15 @@ def epochs_in_one_go(examples, batch_size, seed=0):
     per_epoch = examples // batch_size
     indices = rows(examples, batch_size, EPOCHS * per_epoch, seed)
     return indices.reshape(EPOCHS, per_epoch, batch_size)
+
+
+def test_a_place_that_is_none_ends_too():
+    """Of 10 numbers, the place 23 is the place 3; it could be led around outside for ever."""
+    key = jax.random.key(0)
+    places = jnp.arange(30)
+    got = np.asarray(jax.jit(shuffled, static_argnums=2)(places, key, 10))
+    np.testing.assert_array_equal(got, np.tile(got[:10], 3))
+    np.testing.assert_array_equal(np.sort(got[:10]), np.arange(10))
 
 
 @each_size

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from bn_jax.data import Dataset
+from bn_jax.train import placement
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
@@ -60,13 +62,13 @@ def test_eight_devices_are_one(options, digits):
 
 
 def test_each_device_holds_its_share(digits):
-    placement = make_placement(8)
-    images = placement.examples(digits.train_images[:60])
+    mesh = make_placement(8)
+    images = mesh.examples(digits.train_images[:60])
     assert images.shape == (64, 28, 28)
     rows = [shard.data for shard in images.addressable_shards]
     assert [len(part) for part in rows] == [8] * 8
     np.testing.assert_array_equal(np.concatenate(rows)[:60], digits.train_images[:60])
-    labels = placement.examples(np.ones(10, np.int32), filler=-1)
+    labels = mesh.examples(np.ones(10, np.int32), filler=-1)
     assert labels.sharding.spec == PartitionSpec("data")
     assert np.asarray(labels).tolist() == [1] * 10 + [-1] * 6
 
@@ -75,12 +77,12 @@ def test_each_device_computes_its_share(digits):
     """Of the compiled step: products of 3 examples of a batch of 24, and none of all 24."""
     config = TrainConfig(hidden=(100,), batch_size=24)
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    placement = make_placement(8)
-    images = placement.examples(digits.train_images)
-    labels = placement.examples(digits.train_labels.astype(np.int32))
-    state = placement.everywhere(init_state(model, optimizer, jnp.zeros((2, 28, 28)), 0))
+    mesh = make_placement(8)
+    images = mesh.examples(digits.train_images)
+    labels = mesh.examples(digits.train_labels.astype(np.int32))
+    state = mesh.everywhere(init_state(model, optimizer, jnp.zeros((2, 28, 28)), 0))
     step = make_train_step(model, optimizer, "threshold")
-    sizes = {"steps": 2, "batch_size": 24, "placement": placement}
+    sizes = {"steps": 2, "batch_size": 24, "placement": mesh}
     text = run_chunk.lower(step, state, images, labels, **sizes).compile().as_text()
     products = re.findall(r"f32\[(\d+),100\]\S* dot\(", text)
     assert set(products) >= {"3"}
@@ -90,6 +92,20 @@ def test_each_device_computes_its_share(digits):
 @pytest.mark.parametrize("devices", [None, 1])
 def test_one_device_has_no_mesh(devices):
     assert make_placement(devices) is ONE_DEVICE
+
+
+@pytest.mark.parametrize(("devices", "chosen"), [(None, [0, 1, 2, 3, 4, 5]), (4, [0, 1, 3, 4])])
+def test_processes_have_equal_parts_of_the_mesh(devices, chosen, monkeypatch):
+    """Of two processes with three devices each."""
+    present = [SimpleNamespace(process_index=i // 3, id=i) for i in range(6)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "devices", lambda _: present)
+    monkeypatch.setattr(placement, "Mesh", lambda devices, axes: [d.id for d in devices])
+    assert make_placement(devices).mesh == chosen
+    with pytest.raises(ValueError, match=r"--devices 3: must be a multiple of 2"):
+        make_placement(3)
+    with pytest.raises(ValueError, match=r"--devices 8: JAX has 6 of kind cpu here"):
+        make_placement(8)
 
 
 def test_more_devices_than_there_are(digits):

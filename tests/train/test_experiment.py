@@ -295,6 +295,24 @@ def test_a_batch_larger_than_the_data_makes_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_compare_every_setting_but_their_own_places(tmp_path, monkeypatch):
+    """Two that differ in one of them would each do something else."""
+    compared = {}
+
+    def check_same(settings):
+        compared.update(settings)
+        raise ValueError("compared")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(experiment, "check_same", check_same)
+    with pytest.raises(ValueError, match="compared"):
+        run(tmp_path / "run", batch_size=jax.device_count())
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert compared.keys() == names - {"data_dir", "run_dir", "device"}
+    assert compared["checkpoint_every"] == 2
+    assert compared["devices"] == jax.device_count()
+
+
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 
