@@ -23,7 +23,11 @@ class Forward(NamedTuple):
 
 
 def forward(x, scale=1.0, bias=0.0, *, epsilon=1e-5, axis=-1, weights=None):
-    """Algorithm 1: μ, σ², x̂ and y; y = β for padding that is not finite."""
+    """Algorithm 1: μ, σ², x̂ and y; y = β for padding that is not finite, or of a single value.
+
+    Floats are importances; one weight that is not 0 is a single value. A mask and integers count.
+    """
+    counted = weights is None or np.asarray(weights).dtype.kind in "biu"
     x, weights = wide(x), filled(x, weights, axis)
     batch = batch_axes(x, axis)
     padding = (weights == 0) & ~np.isfinite(x)
@@ -33,7 +37,9 @@ def forward(x, scale=1.0, bias=0.0, *, epsilon=1e-5, axis=-1, weights=None):
     mean = (weights * x).sum(batch, keepdims=True) / seen
     var = (weights * np.abs(x - mean) ** 2).sum(batch, keepdims=True) / seen
     padded = var + epsilon
-    inverse_std = np.where(padded > 0, 1 / np.sqrt(np.where(padded > 0, padded, 1)), 0)
+    squares = count if counted else (weights**2).sum(batch, keepdims=True)
+    known = (padded > 0) & (count**2 > squares * (1 + 1e-4))
+    inverse_std = np.where(known, 1 / np.sqrt(np.where(known, padded, 1)), 0)
     normalized = np.where(padding, 0, (x - mean) * inverse_std)
     y = along(scale, x, axis) * normalized + along(bias, x, axis)
     mean, var, count, inverse_std = (

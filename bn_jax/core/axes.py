@@ -9,28 +9,30 @@ statistics are taken over all the others.
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+
+from bn_jax.core.checks import as_integers, is_concrete
 
 Axes = tuple[int, ...]
 Size = Any
 """How many: an int, or under jax.export one of its symbolic sizes."""
 
 
-def feature_axes(x: Array, feature_axis: int | Sequence[int]) -> Axes:
+def feature_axes(x: Array, feature_axis: SupportsIndex | Sequence[SupportsIndex]) -> Axes:
     """The kept axes as sorted, non-negative numbers.
 
     Raises:
+        TypeError: an axis is no integer.
         ValueError: an axis is outside of x, or is named twice.
     """
-    named = (feature_axis,) if isinstance(feature_axis, int) else tuple(feature_axis)
+    named = as_integers("feature_axis", feature_axis)
     outside = [axis for axis in named if not -x.ndim <= axis < x.ndim]
     if outside:
         raise ValueError(
@@ -89,18 +91,20 @@ def spread(values: Array, x: Array, axes: Axes) -> Array:
     return values.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)])
 
 
-def spread_where(where: Array | np.ndarray, x: Array, axes: Axes) -> Array:
+def spread_where(where: ArrayLike | Sequence[Any], x: Array, axes: Axes) -> Array:
     """A mask or weights, one for each value of x.
 
     Raises:
-        TypeError: where is neither bool nor float.
+        TypeError: where is neither bool, integer nor float.
         ValueError: its shape fits neither x nor x without its feature axes, or (checked where
             the values are known, outside of a trace) a weight is negative or not a number.
     """
-    if not (where.dtype == bool or jnp.issubdtype(where.dtype, jnp.floating)):
+    where = where if isinstance(where, Array) else np.asarray(where)
+    weighs = jnp.issubdtype(where.dtype, jnp.floating) or jnp.issubdtype(where.dtype, jnp.integer)
+    if not (where.dtype == bool or weighs):
         raise TypeError(
-            f"where has dtype {where.dtype}; give a bool mask (True counts) or float weights, "
-            "e.g. where.astype(bool)"
+            f"where has dtype {where.dtype}; give a bool mask (True counts), integers (how often "
+            "each value counts) or float weights, e.g. where.astype(bool)"
         )
     full = tuple(where.shape)
     if where.ndim == x.ndim - len(axes):
@@ -112,8 +116,7 @@ def spread_where(where: Array | np.ndarray, x: Array, axes: Axes) -> Array:
             f"where has shape {where.shape}, which broadcasts neither to x {x.shape} nor to x "
             f"without its feature axes {without}; add axes of length 1, e.g. where[:, None, None]"
         )
-    known = not isinstance(where, jax.core.Tracer) and getattr(where, "is_fully_addressable", True)
-    if where.dtype != bool and known:
+    if where.dtype != bool and is_concrete(where):
         weights = np.asarray(where)
         if not (weights >= 0).all():
             raise ValueError(

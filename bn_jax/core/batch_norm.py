@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, SupportsIndex
 
 import jax
 import jax.core
@@ -13,6 +14,7 @@ from jaxtyping import Inexact, Shaped
 
 from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
 from bn_jax.core.axes import Axes, batch_size, feature_axes, spread_where
+from bn_jax.core.checks import as_array, as_floats, as_integers, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.ghost import smallest_group, standardize_groups
 from bn_jax.core.moments import shift
@@ -23,7 +25,7 @@ from bn_jax.core.standardize import standardize
 
 
 def init(
-    features: int | Sequence[int],
+    features: SupportsIndex | Sequence[SupportsIndex],
     *,
     use_scale: bool = True,
     use_bias: bool = True,
@@ -35,17 +37,18 @@ def init(
         features: how many, or a shape for several feature axes.
         use_scale: False leaves γ out (None), e.g. before a linear layer that scales anyway.
         use_bias: False leaves β out (None).
-        dtype: of parameters and state; complex for complex data.
+        dtype: of the parameters; complex for complex data. The state is float32 at least, since
+            half precision could not hold the small steps that it takes.
 
     Raises:
         ValueError: a size is negative.
-        TypeError: dtype is not inexact.
+        TypeError: a size is no integer, or dtype is not inexact.
 
     >>> params, state = init(64)
     >>> params.scale.shape, state.mean.shape
     ((64,), (64,))
     """
-    shape = (features,) if isinstance(features, int) else tuple(features)
+    shape = as_integers("features", features)
     if any(size < 0 for size in shape):
         raise ValueError(f"features={features} must not be negative")
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -54,8 +57,9 @@ def init(
         jnp.ones(shape, dtype) if use_scale else None,
         jnp.zeros(shape, dtype) if use_bias else None,
     )
-    var = jnp.ones(shape, real_dtype(dtype))
-    return params, BatchNormState(jnp.zeros(shape, dtype), var, jnp.zeros(shape, jnp.int32))
+    wide = statistics_dtype(dtype)
+    mean, var = jnp.zeros(shape, wide), jnp.ones(shape, real_dtype(wide))
+    return params, BatchNormState(mean, var, jnp.zeros(shape, jnp.int32))
 
 
 def batch_norm(
@@ -66,12 +70,12 @@ def batch_norm(
     train: bool | np.bool_ | Array,
     average: Average = DebiasedEma(0.99),
     epsilon: ArrayLike = 1e-5,
-    feature_axis: int | Sequence[int] = -1,
-    where: Shaped[Array | np.ndarray, "..."] | None = None,
+    feature_axis: SupportsIndex | Sequence[SupportsIndex] = -1,
+    where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None = None,
     unbiased: bool = True,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
-    group_size: int | None = None,
+    group_size: SupportsIndex | None = None,
 ) -> tuple[Inexact[Array, "..."], BatchNormState]:
     """Normalize each feature by the batch and remember the batch, or by what was remembered.
 
@@ -91,16 +95,16 @@ def batch_norm(
             `CumulativeAverage`, or any callable of a scalar count, e.g. an optax schedule.
         epsilon: ε ≥ 0, in units of variance; may be traced.
         feature_axis: the axes that are kept, negatives allowed; 1 for [batch, channels, ...].
-        where: which values count in the batch's statistics: a bool mask (True counts) or
-            non-negative float weights, of x's shape, or x's shape without the feature axes, or
-            broadcastable to either. Differentiable if float. Outputs are given for all of x;
-            excluded values that are not finite give y = β, and spoil no gradient. Not used at
-            inference.
+        where: which values count in the batch's statistics: a bool mask (True counts), integers (k
+            counts as k copies of the value), or non-negative floats (importances, on any scale;
+            differentiable). Of x's shape, or x's shape without the feature axes, or broadcastable
+            to either. Outputs are given for all of x; padding, excluded and not finite, gives
+            y = β and spoils no gradient, at inference too, which otherwise does not depend on it.
+            Where a feature (or its group) is left with one value, or none, y = β for all of it.
         unbiased: remember the variance times m/(m - 1), as the paper does; False remembers σ²
-            itself, as flax and keras do. Normalization uses σ² itself in either case. Of weights,
-            m is their sum: a weight of k counts as k values. y does not depend on their scale;
-            importances w are scaled to the effective count (Σw)²/Σw² (Kish 1965) by
-            where = w·Σw/Σw².
+            itself, as flax and keras do. Normalization uses σ² itself in either case. m counts
+            values; of float weights, it is the effective count (Σw)²/Σw² (Kish 1965), so that
+            only their proportions matter (numpy.cov's fweights and aweights differ likewise).
         axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
             pmap. If it is forgotten under shard_map, JAX refuses to return the state as
             replicated. Not used at inference.
@@ -159,34 +163,34 @@ def batch_norm_noticing(
     train: bool | np.bool_ | Array,
     average: Average,
     epsilon: ArrayLike,
-    feature_axis: int | Sequence[int],
-    where: Shaped[Array | np.ndarray, "..."] | None,
+    feature_axis: SupportsIndex | Sequence[SupportsIndex],
+    where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None,
     unbiased: bool,
     axis_name: AxisName | None,
     axis_index_groups: AxisIndexGroups | None,
-    group_size: int | None,
+    group_size: SupportsIndex | None,
 ) -> tuple[Inexact[Array, "..."], BatchNormState]:
     """`batch_norm`, where the caller says what happens on one value per feature."""
-    x = jnp.asarray(x)
+    x = as_array(x)
     check_train(train)
     check_kind("params", params, BatchNormParams)
     check_kind("state", state, BatchNormState)
     axes = feature_axes(x, feature_axis)
+    given, params = state, BatchNormParams(*as_floats(params))
+    state = BatchNormState(*as_floats(state[:2]), as_array(state.count))
     check_features(x, axes, **params._asdict(), **state._asdict())
-    weights = None if where is None else spread_where(where, x, axes)
 
     with jax.named_scope("batch_norm"):
         if not train:
             mean, var = state.mean, state.var
-            return normalize(
-                x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis
-            ), state
+            options = {"epsilon": epsilon, "feature_axis": axes, "where": where}
+            return normalize(x, mean, var, params, **options), given
+        weights = None if where is None else spread_where(where, x, axes)
 
         replicas = read_replicas(axis_name, axis_index_groups)
         x = check_batch(notice, x, axes, replicas, group_size)
         check_epsilon(epsilon)
         epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
-        params = jax.tree.map(jnp.asarray, params)
         act = standardize if group_size is None else partial(standardize_groups, group_size)
         y, origin, near = act(axes, replicas, x, params, epsilon, weights)
         return y, advance(state, shift(origin, near), average, unbiased=unbiased)
@@ -201,16 +205,6 @@ def check_train(train: object) -> None:
         )
     if not isinstance(train, bool | np.bool_):
         raise TypeError(f"train={train!r} must be True or False")
-
-
-def check_kind(name: str, value: object, kind: type) -> None:
-    """Refuse params and state in each other's place, or as a checkpoint's dict."""
-    if not isinstance(value, kind):
-        fields = ", ".join(kind._fields)
-        raise TypeError(
-            f"{name} is a {type(value).__name__}, but must be a {kind.__name__}, as init returns "
-            f"it; of a dict make one: {kind.__name__}(**{name}) with the fields {fields}"
-        )
 
 
 def check_batch(

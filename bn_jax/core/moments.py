@@ -11,14 +11,16 @@ x - origin are small numbers, and x - origin itself is exact for the values near
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.axes import Axes, Size, collapse, feature_axes, feature_shape, spread_where
+from bn_jax.core.checks import as_array
 from bn_jax.core.origin import origin_of, shared_origin
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
 from bn_jax.core.sums import Sums, add_up, count_or_all, divisor, for_each, inner, share, square
@@ -32,18 +34,21 @@ class Moments(NamedTuple):
         var: E[|x - E[x]|²], biased (1/m) as in Algorithm 1; real, never negative.
         count: m, the number of values or the sum of their weights; 0 means "nothing seen", and
             then mean and var are 0.
+        squares: Σ w² of values measured with float weights, from which follows how many values
+            there are in effect, (Σw)²/Σw² (Kish 1965); None where each value counts as one.
     """
 
     mean: Inexact[Array, "*features"]
     var: Float[Array, "*features"]
     count: Float[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    squares: Float[Array, "*features"] | None = None
 
 
 def measure(
     x: Shaped[Array | np.ndarray, "..."],
     *,
-    feature_axis: int | Sequence[int] = -1,
-    where: Shaped[Array | np.ndarray, "..."] | None = None,
+    feature_axis: SupportsIndex | Sequence[SupportsIndex] = -1,
+    where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None = None,
 ) -> Moments:
     """The moments of each feature of one array.
 
@@ -52,9 +57,10 @@ def measure(
     Args:
         x: float or complex, any shape.
         feature_axis: the axes that are kept, negatives allowed.
-        where: which values count: a bool mask or non-negative float weights, of x's shape, of x's
-            shape without its feature axes, or broadcastable to either. What is excluded may hold
-            anything, NaN included. A weight of k means the same as repeating the value k times.
+        where: which values count: a bool mask, integers (k counts as k copies of the value) or
+            non-negative float weights (importances), of x's shape, of x's shape without its
+            feature axes, or broadcastable to either. What is excluded may hold anything, NaN
+            included.
 
     Returns:
         Moments of the features' shape, in at least float32.
@@ -68,7 +74,7 @@ def measure(
     >>> m.mean.tolist(), m.var.tolist(), m.count.tolist()
     ([2.0, 20.0], [1.0, 100.0], [2.0, 2.0])
     """
-    x = jnp.asarray(x)
+    x = as_array(x)
     axes = feature_axes(x, feature_axis)
     features = feature_shape(x, axes)
     weights = None if where is None else spread_where(where, x, axes)
@@ -76,7 +82,7 @@ def measure(
     weights = None if weights is None else weights.reshape(x.shape)
     origin = origin_of(x, axes, weights)
     moments = shift(origin, moments_of(add_up(x, origin, axes, weights), x, axes))
-    return Moments(*(part.reshape(features) for part in moments))
+    return jax.tree.map(lambda part: part.reshape(features), moments)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -85,7 +91,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     With n = nₐ + n_b, the shares p = nₐ/n and q = n_b/n, and δ = μ_b - μₐ:
     μ = pμₐ + qμ_b,  σ² = pσₐ² + qσ_b² + pq|δ|².
 
-    Associative and commutative up to rounding; moments with count 0 are the identity.
+    Associative and commutative up to rounding; moments with count 0 are the identity. Importances
+    must be on one scale in both sets, since counts are what the sets weigh.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.arange(12.0).reshape(6, 2)
@@ -103,7 +110,11 @@ def merge(a: Moments, b: Moments) -> Moments:
         b.mean - share_a.astype(difference.dtype) * difference,
     )
     var = share_a * a.var + share_b * b.var + share_a * share_b * square(difference)
-    return Moments(mean, var, count)
+    squares = None
+    if a.squares is not None or b.squares is not None:
+        square_a, square_b = (m.count if m.squares is None else m.squares for m in (a, b))
+        squares = square_a + square_b
+    return Moments(mean, var, count, squares)
 
 
 def pool(
@@ -150,15 +161,15 @@ def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple
     """
     everywhere = shared_origin(origin, near.count, add)
     mean, var, count = near.mean + (origin - everywhere), near.var, near.count
-    sums = Sums(count.astype(mean.dtype) * mean, count * (var + square(mean)), count)
-    sums = add(sums)
-    return everywhere, Moments(*mean_and_var(sums, sums.count), sums.count)
+    total, squares = count.astype(mean.dtype) * mean, count * (var + square(mean))
+    sums = add(Sums(total, squares, count, near.squares))
+    return everywhere, Moments(*mean_and_var(sums, sums.count), sums.count, sums.squares)
 
 
 def moments_of(sums: Sums, x: Array, axes: Axes) -> Moments:
     """The moments of x, or of x and what was added to its sums."""
     count = count_or_all(sums.count, x, axes)
-    return Moments(*mean_and_var(sums, count), for_each(count, x, axes))
+    return Moments(*mean_and_var(sums, count), for_each(count, x, axes), sums.squares)
 
 
 def mean_and_var(sums: Sums, count: Array | Size) -> tuple[Array, Array]:
@@ -177,12 +188,27 @@ def push_mean_and_var(
 
     Also where rounding made a variance negative, and zero was taken instead.
     """
-    mean_dot, var_dot, count_dot = sums_dot
+    mean_dot, var_dot, count_dot, _ = sums_dot
     if count_dot is not None:
         mean_dot = mean_dot - mean * count_dot.astype(mean.dtype)
         var_dot = var_dot - (var + square(mean)) * count_dot
     mean_dot = mean_dot / divisor(mean_dot, count)
     return mean_dot, var_dot / divisor(var_dot, count) - 2 * inner(mean, mean_dot)
+
+
+def degrees_of_freedom(count: Array, squares: Array | None) -> Array:
+    """How much is left of a count to estimate a variance by, when the mean is known from it too.
+
+    m - 1 of m values. Of importances, Σw - Σw²/Σw, which is Σw (n - 1)/n with the effective count
+    n = (Σw)²/Σw²: divided by it, Σ w|x - μ|² has no bias where all values have one variance, on any
+    scale of the weights (numpy.cov corrects its aweights alike). 0 where less than 10⁻⁴ of Σw is
+    left, because one value outweighs all others: against that little, rounding (10⁻⁷ of Σw or
+    more) would show.
+    """
+    if squares is None:
+        return count - 1
+    left = count - share(squares, count)
+    return lax.select(left > 1e-4 * count, left, jnp.zeros_like(left))
 
 
 def shift(by: Array, moments: Moments) -> Moments:

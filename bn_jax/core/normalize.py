@@ -6,7 +6,7 @@ Three instances: training normalizes by the batch's own moments (Algorithm 1 of 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax.core
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.averages import BatchNormState
-from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread
+from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread, spread_where
+from bn_jax.core.checks import as_array, as_floats, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
+from bn_jax.core.sums import is_padding, zero_where
 
 
 class BatchNormParams(NamedTuple):
@@ -39,12 +41,14 @@ def normalize(
     params: BatchNormParams,
     *,
     epsilon: ArrayLike = 1e-5,
-    feature_axis: int | Sequence[int] = -1,
+    feature_axis: SupportsIndex | Sequence[SupportsIndex] = -1,
+    where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None = None,
 ) -> Inexact[Array, "..."]:
-    """Whiten each feature by the given statistics, then scale and shift it.
+    """Normalize each feature by the given statistics, then scale and shift it.
 
     y = γ (x - μ)/√(σ² + ε) + β  (Algorithm 1, lines 3-4). Differentiable in everything. Where
-    σ² + ε = 0 (a constant feature and ε = 0), y = β and the gradient is finite.
+    σ² + ε = 0 (a constant feature and ε = 0), y = β and the gradient is finite. A negative σ² can
+    only be a mistake, and shows as NaN.
 
     Args:
         x: float or complex, any shape.
@@ -53,6 +57,8 @@ def normalize(
         params: γ and β, one per feature, or None.
         epsilon: ε ≥ 0, in the units of var.
         feature_axis: the axes that mean, var and params belong to, in the order of x's axes.
+        where: as in `measure`. Padding, excluded and not finite, gives y = β and spoils no
+            gradient; all other outputs do not depend on it.
 
     Returns:
         y, of x's shape and dtype; computed in at least float32.
@@ -67,12 +73,19 @@ def normalize(
     >>> normalize(x, jnp.array([2.0]), jnp.array([1.0]), params, epsilon=0.0).tolist()
     [[-10.0], [10.0]]
     """
-    x = jnp.asarray(x)
+    x = as_array(x)
     axes = feature_axes(x, feature_axis)
+    check_kind("params", params, BatchNormParams)
+    mean, var, *affine = as_floats((mean, var, *params))
+    params = BatchNormParams(*affine)
     check_features(x, axes, mean=mean, var=var, scale=params.scale, bias=params.bias)
     shape, wide = x.shape, statistics_dtype(x.dtype)
-    x, axes = collapse(x, axes)
+    weights = None if where is None else spread_where(where, x, axes)
+    padding = is_padding(x, weights)
+    x, axes = collapse(zero_where(padding, x), axes)
     centered = x.astype(wide) - spread(jnp.asarray(mean, wide), x, axes)
+    if padding is not None:
+        centered = zero_where(padding.reshape(x.shape), centered)
     multiplier = inverse_std(jnp.asarray(var, real_dtype(wide)), epsilon)
     return transform(centered, multiplier, params, axes).astype(x.dtype).reshape(shape)
 
@@ -97,6 +110,10 @@ def as_affine(
     >>> scale.tolist(), offset.tolist()
     ([0.5], [-1.0])
     """
+    check_kind("params", params, BatchNormParams)
+    check_kind("state", state, BatchNormState)
+    params = BatchNormParams(*as_floats(params))
+    state = BatchNormState(*as_floats(state))
     wide = statistics_dtype(state.mean.dtype)
     multiplier = inverse_std(jnp.asarray(state.var, real_dtype(wide)), epsilon).astype(wide)
     scale = multiplier if params.scale is None else multiplier * jnp.asarray(params.scale, wide)
@@ -118,10 +135,13 @@ def transform(centered: Array, multiplier: Array, params: BatchNormParams, axes:
 
 
 def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
-    """1/√(σ² + ε), and 0 where that is 1/0: a feature without spread is centered, not scaled."""
+    """1/√(σ² + ε), and 0 where that is 1/0: a feature without spread is centered, not scaled.
+
+    NaN of a variance that is negative, also within ε: what is broken must be seen.
+    """
     check_epsilon(epsilon)
-    padded = var + jnp.asarray(epsilon, var.dtype)
-    flat, one = padded <= 0, jnp.ones_like(padded)  # NaN is not: what is broken must be seen
+    padded = lax.select(var < 0, var, var + jnp.asarray(epsilon, var.dtype))
+    flat, one = padded == 0, jnp.ones_like(padded)
     return lax.select(flat, jnp.zeros_like(padded), lax.rsqrt(lax.select(flat, one, padded)))
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.core.averages import BatchNormState
+from bn_jax.core.averages import BatchNormState, batches_seen
+from bn_jax.core.checks import as_array, as_floats
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.moments import Moments, pool_by
 
@@ -23,7 +24,8 @@ NAMES = BatchNormState._fields
 def pool_states(states: States) -> States:
     """The states of replicas, stacked on a leading axis, as one.
 
-    Each replica's statistics weigh as the number of batches it has seen: with shares pᵣ = tᵣ/Σt,
+    Each replica's statistics weigh as the number of batches that it has seen (loaded ones without a
+    count, as in `advance`): with shares pᵣ = tᵣ/Σt,
     μ = Σ pᵣμᵣ and σ² = Σ pᵣ(σᵣ² + |μᵣ - μ|²); count = Σ t. Where averages are cumulative, batches
     of one size, and variances remembered as they are (unbiased=False), these are the moments of
     all that the replicas have seen; unbiased variances σᵣ² are m/(m - 1) times as large, with m of
@@ -37,7 +39,7 @@ def pool_states(states: States) -> States:
             the same.
 
     Returns:
-        The same tree without the leading axis, in the same dtypes.
+        The same tree without the leading axis; statistics are float32 at least.
 
     Raises:
         TypeError: the tree holds an array that belongs to no state.
@@ -75,19 +77,19 @@ def pool_state(states: Any) -> Any:
 
 def pool_fields(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Array]:
     """Mean, variance and count of all replicas, from those of each."""
-    mean, var, count = map(jnp.asarray, (mean, var, count))
+    state = BatchNormState(*as_floats((mean, var)), as_array(count))
+    mean, var = (part.astype(statistics_dtype(part.dtype)) for part in state[:2])
+    count = batches_seen(state)
     if mean.ndim < 2 or len(mean) == 0:
         raise ValueError(
             f"mean has shape {mean.shape}, but needs [replicas, features]; stack the replicas' "
             "states on a leading axis: jax.tree.map(lambda *parts: jnp.stack(parts), *states)"
         )
-    real = statistics_dtype(var.dtype)
-    wide = mean.astype(statistics_dtype(mean.dtype))
-    pooled = pool_by(Moments(wide, var.astype(real), count.astype(real)), add)
+    pooled = pool_by(Moments(mean, var, count.astype(var.dtype)), add)
     total = jnp.sum(count, 0, dtype=count.dtype)
     return (
-        lax.select(total > 0, pooled.mean[0].astype(mean.dtype), mean[0]),
-        lax.select(total > 0, pooled.var[0].astype(var.dtype), var[0]),
+        lax.select(total > 0, pooled.mean[0], mean[0]),
+        lax.select(total > 0, pooled.var[0], var[0]),
         total,
     )
 

@@ -34,7 +34,13 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from bn_jax.core.axes import Axes, collapse, feature_shape, spread
-from bn_jax.core.moments import Moments, mean_and_var, moments_of, push_mean_and_var
+from bn_jax.core.moments import (
+    Moments,
+    degrees_of_freedom,
+    mean_and_var,
+    moments_of,
+    push_mean_and_var,
+)
 from bn_jax.core.normalize import BatchNormParams, inverse_std, transform
 from bn_jax.core.origin import origin_of
 from bn_jax.core.replicas import Replicas, sum_over
@@ -125,7 +131,21 @@ def whiten(
 ) -> Array:
     """Y in x's dtype, by the sums of x - origin."""
     mean, var = mean_and_var(sums, count_or_all(sums.count, x, axes))
-    return whiten_by(axes, x, origin, mean, inverse_std(var, epsilon), params, weights)
+    r = inverse_std_of(var, epsilon, sums, weights)
+    return whiten_by(axes, x, origin, mean, r, params, weights)
+
+
+def inverse_std_of(var: Array, epsilon: Array, sums: Sums, weights: Array | None) -> Array:
+    """1/√(σ² + ε), and 0 where the weights leave a single value, or none: so y = β.
+
+    Its variance of 0 says nothing about the data; by 1/√ε, rows that are masked out would come out
+    a hundred times too large.
+    """
+    r = inverse_std(var, epsilon)
+    if weights is None:
+        return r  # shapes tell
+    left = degrees_of_freedom(sums.count, sums.squares)
+    return lax.select(left > 0, r, jnp.zeros_like(r))
 
 
 def whiten_by(
@@ -150,9 +170,9 @@ def whiten_jvp(
     x, _, origin, sums, params, epsilon, weights = primals
     _, wide_dot, _, sums_dot, *dots, _ = tangents
     mean, var = mean_and_var(sums, count_or_all(sums.count, x, axes))
-    r = inverse_std(var, epsilon)
+    r = inverse_std_of(var, epsilon, sums, weights)
     y = whiten_by(axes, x, origin, mean, r, params, weights)
-    sums_dot = sums_dot._replace(count=unless_zero(sums_dot.count))
+    sums_dot = sums_dot._replace(count=unless_zero(sums_dot.count), squares=None)
     dots = jax.tree.map(instantiate, (sums_dot, *dots), is_leaf=is_zero)
     at = (x, origin, mean, var, sums.count, r, params, weights)
     return y, push_whiten(axes, *at, unless_zero(wide_dot), *dots)

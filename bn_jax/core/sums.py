@@ -26,11 +26,13 @@ class Sums(NamedTuple):
         total: Σ w d, of deviations d from an origin.
         square: Σ w |d|².
         count: Σ w, or None for all there are.
+        squares: Σ w² of float weights, or None.
     """
 
     total: Inexact[Array, "*features"]
     square: Float[Array, "*features"]
     count: Float[Array, "*features"] | None  # pyright: ignore[reportIncompatibleMethodOverride]
+    squares: Float[Array, "*features"] | None = None
 
 
 def center(x: Array, origin: Array, axes: Axes) -> Array:
@@ -40,10 +42,17 @@ def center(x: Array, origin: Array, axes: Axes) -> Array:
 
 def without_padding(values: Array, x: Array, weights: Array | None) -> Array:
     """Values, and 0 where x weighs nothing and is not finite: padding may hold anything."""
-    if weights is None:
-        return values
-    harmless = counts(weights) | jnp.isfinite(x)
-    return jnp.where(harmless, values, jnp.zeros_like(values))
+    return zero_where(is_padding(x, weights), values)
+
+
+def is_padding(x: Array, weights: Array | None) -> Array | None:
+    """Where x weighs nothing and is not finite, or None for nowhere."""
+    return None if weights is None else ~(counts(weights) | jnp.isfinite(x))
+
+
+def zero_where(padding: Array | None, values: Array) -> Array:
+    """Values, and 0 for padding."""
+    return values if padding is None else jnp.where(padding, jnp.zeros_like(values), values)
 
 
 def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
@@ -52,8 +61,10 @@ def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
     parts = [weigh(kept, weights), weigh(square(kept), weights)]
     if weights is not None:
         parts.append(weights.astype(parts[1].dtype))
-    total, squares, *count = add_together(parts, axes)
-    return Sums(total, squares, count[0] if count else None)
+    if are_importances(weights):
+        parts.append(square(parts[-1]))
+    parts = add_together(parts, axes)
+    return Sums(*parts) if len(parts) > 2 else Sums(*parts, None)
 
 
 def keep(values: Array, weights: Array | None) -> Array:
@@ -64,7 +75,9 @@ def keep(values: Array, weights: Array | None) -> Array:
     """
     if weights is None:
         return values
-    kept = weights if weights.dtype == bool else (weights > 0) | jnp.isfinite(square(values))
+    kept = counts(weights)
+    if are_importances(weights):
+        kept = kept | jnp.isfinite(square(values))
     return jnp.where(kept, values, jnp.zeros_like(values))
 
 
@@ -104,6 +117,11 @@ def is_known(count: Array | Size) -> bool:
 def counts(weights: Array) -> Array:
     """Which values weigh anything."""
     return weights if weights.dtype == bool else weights > 0
+
+
+def are_importances(weights: Array | None) -> bool:
+    """Whether weights are floats: importances, where a mask and integers count values."""
+    return weights is not None and jnp.issubdtype(weights.dtype, jnp.floating)
 
 
 def share(part: Array, whole: Array | Size) -> Array:

@@ -8,6 +8,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bn_jax as bn
@@ -108,6 +109,113 @@ def test_strategies_are_values(average):
 
 def fields(average):
     return dataclasses.fields(average)
+
+
+@pytest.mark.parametrize("average", [bn.Ema, bn.DebiasedEma])
+def test_a_decay_that_is_an_array_is_a_number(average):
+    """Which hashes, so that it may be a static argument."""
+    for half in np.float32(0.5), np.array(0.5), jnp.float32(0.5):
+        assert average(half) == average(0.5)
+        assert hash(average(half)) == hash(average(0.5))
+        assert repr(average(half)) == f"{average.__name__}(decay=0.5)"
+    with pytest.raises(ValueError, match=r"decay has shape \(2,\).*jax.vmap"):
+        average(np.array([0.5, 0.9]))
+    with pytest.raises(ValueError, match="outside of"):
+        average(jnp.float32(1.5))
+
+
+@pytest.mark.parametrize("average", [bn.Ema, bn.DebiasedEma])
+def test_a_sweep_of_decays_under_vmap(average):
+    """A traced decay is as good as a Python number, 0 and 1 included."""
+    xs = batches().astype(np.float32)
+
+    def train(decay):
+        params, state = bn.init(C)
+        for x in xs:
+            _, state = bn.batch_norm(x, params, state, train=True, average=average(decay))
+        return state
+
+    decays = np.array([0, 0.5, 0.99, 0.9999, 1], np.float32)
+    swept = jax.jit(jax.vmap(train))(decays)
+    for n, decay in enumerate(decays):
+        one = train(float(decay))
+        jax.tree.map(
+            lambda a, b, n=n: np.testing.assert_allclose(a[n], b, rtol=2e-6, atol=1e-7), swept, one
+        )
+
+
+@pytest.mark.parametrize("steps", [1, 10, 1000])
+def test_a_small_step_has_all_its_digits(steps, decay=0.9999):
+    """1 - 0.9999 of float32's 0.9999 is off by 1.7e-4; each step rounds the mean by 2⁻²⁴ of it."""
+    moments = bn.Moments(jnp.full(1, 5.0), jnp.full(1, 4.0), jnp.full(1, 8.0))
+    step = lambda _, state: bn.advance(state, moments, bn.Ema(decay))  # noqa: E731
+    state = jax.lax.fori_loop(0, steps, step, bn.init(1)[1])
+    truth = -5 * math.expm1(steps * math.log(decay))
+    np.testing.assert_allclose(state.mean, truth, rtol=(steps + 2) * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    ("average", "new"),
+    [
+        (bn.Ema(0.9999), lambda t: 1 - 0.9999),
+        (bn.DebiasedEma(0.9999), lambda t: 1e-4 / -np.expm1((t + 1) * math.log(0.9999))),
+        (bn.CumulativeAverage(), lambda t: 1 / (t + 1)),
+        (lambda count: 0.9999, lambda t: 1 - 0.9999),
+    ],
+    ids=["Ema", "DebiasedEma", "CumulativeAverage", "function"],
+)
+def test_the_new_batch_has_its_own_weight(average, new):
+    """Not 1 minus a rounded one, which after 10⁵ batches has no more than two digits."""
+    counts = 10 ** np.arange(6)
+    state = bn.BatchNormState(jnp.zeros(6), jnp.ones(6), jnp.asarray(counts))
+    ones = jnp.ones(6)
+    state = bn.advance(state, bn.Moments(ones, ones, 8 * ones), average)
+    np.testing.assert_allclose(state.mean, new(counts.astype(float)) * ones, rtol=1e-6)
+
+
+# Averages of whole states, as of weights (Polyak): the count is an integer among floats.
+
+
+def test_an_average_of_states_as_a_carry(decay=0.9):
+    """The recipe: average what is a float, and take the rest as it is."""
+    xs = jnp.asarray(batches(), jnp.float32)
+
+    def blend(old, new):
+        return decay * old + (1 - decay) * new if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    def step(carry, x):
+        params, state, averaged = carry
+        _, state = bn.batch_norm(x, params, state, train=True)
+        return (params, state, jax.tree.map(blend, averaged, state)), state
+
+    params, state = bn.init(C)
+    (_, last, averaged), states = jax.lax.scan(step, (params, state, state), xs)
+    weights = [(1 - decay) * decay ** (STEPS - 1 - t) for t in range(STEPS)]
+    np.testing.assert_allclose(averaged.mean, np.tensordot(weights, states.mean, 1), rtol=1e-5)
+    np.testing.assert_array_equal(averaged.count, last.count)
+    bn.batch_norm(xs[0], params, averaged, train=True)
+
+
+def test_a_float_count_is_averaged_like_the_rest(lenient):
+    """As by optax, which averages all leaves alike: give the state a count of floats."""
+    xs = jnp.asarray(batches(), jnp.float32)
+    params, state = bn.init(C)
+    state = state._replace(count=state.count.astype(jnp.float32))
+    ema = optax.ema(0.9)
+
+    def step(carry, x):
+        state, past = carry
+        _, state = bn.batch_norm(x, params, state, train=True)
+        averaged, past = ema.update(state, past)
+        return (state, past), averaged
+
+    (last, _), averaged = jax.lax.scan(step, (state, ema.init(state)), xs)
+    assert averaged.count.dtype == jnp.float32
+    np.testing.assert_array_equal(last.count, STEPS)
+    exact = bn.init(C)[1]
+    for x in xs:
+        exact = bn.advance(exact, bn.measure(x), bn.DebiasedEma(0.99))
+    np.testing.assert_allclose(last.mean, exact.mean, rtol=1e-5)
 
 
 def test_different_strategies_differ():

@@ -170,11 +170,12 @@ MISTAKES = {
         ["axis_name=('i', 'j') is not bound", "jax.vmap"],
     ),
     # where
-    "int where": (
-        where(jnp.ones(8, int)),
+    "where of words": (
+        where(["yes"] * 8),
         TypeError,
-        ["where has dtype int", "bool mask", "where.astype(bool)"],
+        ["where has dtype <U3", "bool mask", "integers"],
     ),
+    "negative count": (where([1, 1, 1, -2, 1, 1, 1, 1]), ValueError, ["the weight -2"]),
     "complex where": (
         where(jnp.ones(8, jnp.complex64)),
         TypeError,

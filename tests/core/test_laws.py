@@ -113,11 +113,16 @@ def test_a_weight_of_k_is_the_value_repeated_k_times(x, dy, order):
     there = weights > 0
     summed = np.zeros((M, C), np.float32)
     summed[there] = add_up(np.asarray(dy))
-    weighted = step(x, summed, jnp.asarray(weights, jnp.float32))
-    wy, wstate, wdx, wdparams = weighted
     first = np.flatnonzero(np.diff(copies, prepend=-1))
     repeated = y[first], state, add_up(np.asarray(dx)), dparams
+    wy, wstate, wdx, wdparams = step(x, summed, jnp.asarray(weights))
     assert_same_step((wy[there], wstate, wdx[there], wdparams), repeated, summed[there])
+    # As floats, they are importances: the same y and gradients, and a variance that is remembered
+    # as of the effective count n instead of m.
+    fy, fstate, fdx, fdparams = step(x, summed, jnp.asarray(weights, jnp.float32))
+    m, n = weights.sum(), weights.sum() ** 2 / (weights**2).sum()
+    fstate = fstate._replace(var=fstate.var * ((n - 1) / n * m / (m - 1)))
+    assert_same_step((fy[there], fstate, fdx[there], fdparams), repeated, summed[there])
 
 
 @laws

@@ -10,6 +10,7 @@ import pytest
 
 import bn_jax as bn
 from bn_jax.bench import oracle
+from bn_jax.core.averages import batches_seen
 
 M, C = 8, 3
 RANDOM = np.random.default_rng(0)
@@ -126,25 +127,27 @@ def test_one_value_left_by_the_mask(unbiased):
         np.testing.assert_array_equal(state.count, STATE.count + 1)
 
 
-@pytest.mark.parametrize("total", [0.5, 1.0])
-def test_weights_that_sum_to_no_more_than_one_have_no_unbiased_variance(total):
-    where = np.full(M, total / M, np.float32)
-    assert_states_equal(train(X, PARAMS, STATE, where=where)[1], STATE)
-    _, state = train(X, PARAMS, STATE, where=where, unbiased=False, average=bn.Ema(0.0))
-    np.testing.assert_allclose(state.mean, X.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(state.var, X.var(0), rtol=1e-6)
-
-
 def test_an_average_that_is_not_a_number_does_not_enter():
     assert_states_equal(train(X, PARAMS, STATE, average=lambda count: jnp.nan)[1], STATE)
 
 
-def test_what_does_not_fit_into_a_small_state_does_not_enter():
-    state = jax.tree.map(lambda s: s.astype(jnp.float16), STATE)._replace(count=STATE.count)
-    x = X * np.array([1, 1e3, 1], np.float32)  # a variance of 4e6 overflows float16
-    _, new = train(x, PARAMS, state)
-    assert_states_equal(new, state, 1)
-    np.testing.assert_array_equal(new.count, STATE.count + np.array([1, 0, 1]))
+@pytest.mark.parametrize("weight", [-1, 1.5])
+def test_an_average_outside_of_0_and_1_does_not_enter(weight):
+    """It raises where it is known when tracing, and leaves the state alone where it is not."""
+    with pytest.raises(ValueError, match=rf"returned {weight}.* \[0, 1\].* weight of the past"):
+        train(X, PARAMS, STATE, average=lambda count: weight)
+    average = lambda count: weight + 0.0 * count.astype(jnp.float32)  # noqa: E731
+    assert_states_equal(train(X, PARAMS, STATE, average=average)[1], STATE)
+    with pytest.raises(ValueError, match=rf"returned \[?{weight}"):
+        bn.batch_norm(X, PARAMS, STATE, train=True, average=average)
+
+
+def test_a_negative_running_variance_is_seen():
+    """Also within epsilon, which is not there to hide it."""
+    broken = STATE._replace(var=jnp.array([1.0, -1.0, -1e-6]))
+    y, _ = bn.batch_norm(X, PARAMS, broken, train=False)
+    np.testing.assert_array_equal(np.isnan(y), np.broadcast_to([False, True, True], (M, C)))
+    assert np.isnan(bn.as_affine(PARAMS, broken)[0]).tolist() == [False, True, True]
 
 
 # Padding.
@@ -249,12 +252,52 @@ def test_evaluation_does_not_look_at_where_or_the_axis():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_the_state_keeps_its_dtype(dtype):
+def test_what_is_learned_is_float32_at_least(dtype):
+    """Half precision stalls: an average of decay 0.99 stops where steps are below half an ulp."""
     state = STATE._replace(mean=STATE.mean.astype(dtype), var=STATE.var.astype(dtype))
     for x in X, X.astype(jnp.bfloat16):
         y, new = train(x, PARAMS, state)
-        assert (y.dtype, new.mean.dtype, new.var.dtype) == (x.dtype, dtype, dtype)
-        assert new.count.dtype == jnp.int32
+        assert y.dtype == x.dtype
+        assert [part.dtype for part in new] == [jnp.float32, jnp.float32, jnp.int32]
+    params, fresh = bn.init(C, dtype=dtype)
+    assert params.scale.dtype == dtype
+    assert fresh.mean.dtype == fresh.var.dtype == jnp.float32
+    large = train(X.astype(dtype) * 300, params, fresh)[1]  # a variance beyond float16
+    np.testing.assert_allclose(
+        large.var, (X.astype(dtype) * 300).astype(float).var(0, ddof=1), rtol=1e-2
+    )
+    np.testing.assert_array_equal(large.count, 1)
+
+
+def test_a_half_precision_state_learns(steps=1500):
+    state = bn.BatchNormState(*jnp.array([[0], [1]], jnp.bfloat16), jnp.zeros(1, jnp.int32))
+    moments = bn.Moments(jnp.full(1, 5.0), jnp.full(1, 4.0), jnp.full(1, 8.0))
+    state = bn.advance(state, moments, bn.Ema(0.99))  # from here on, a carry
+    step = lambda _, state: bn.advance(state, moments, bn.Ema(0.99))  # noqa: E731
+    state = jax.lax.fori_loop(1, steps, step, state)
+    np.testing.assert_allclose(state.mean, 5, rtol=1e-5)
+
+
+# What somebody has loaded has been seen.
+
+
+@pytest.mark.parametrize("average", [bn.DebiasedEma(0.99), bn.CumulativeAverage()], ids=repr)
+def test_loaded_statistics_without_a_count_are_not_lost(average):
+    loaded = STATE._replace(count=jnp.zeros(C, jnp.int32))
+    counted = STATE._replace(count=jnp.full(C, 1000))
+    _, new = train(X, PARAMS, loaded, average=average)
+    assert_states_equal(new, train(X, PARAMS, counted, average=average)[1])
+    np.testing.assert_array_less(np.abs(new.mean - STATE.mean), 0.011 * np.abs(X.mean(0)))
+    assert_states_equal(train(X * jnp.nan, PARAMS, loaded)[1], loaded)
+    pooled = bn.pool_states(jax.tree.map(lambda part: part[None], loaded))
+    assert_states_equal(pooled, counted)
+
+
+def test_a_feature_is_loaded_where_mean_or_variance_tell():
+    mean, var = jnp.array([0.0, 2.0, 0.0]), jnp.array([1.0, 1.0, 3.0])
+    seen = batches_seen(bn.BatchNormState(mean, var, jnp.zeros(C, jnp.int32)))
+    np.testing.assert_array_equal(seen, [0, 1000, 1000])
+    np.testing.assert_array_equal(batches_seen(STATE), STATE.count)
 
 
 def test_a_double_precision_state_keeps_its_digits_with_single_precision_data(x64):
