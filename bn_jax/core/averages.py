@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Num
 
+from bn_jax.core.axes import shard_like
 from bn_jax.core.checks import as_array, as_floats, check_kind, is_concrete
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
+from bn_jax.core.exported import exported
 from bn_jax.core.moments import Moments, degrees_of_freedom
 from bn_jax.core.sums import share
 
@@ -38,6 +41,7 @@ Enough for averages that debias to have forgotten their start (0.99¹⁰⁰⁰ i
 """
 
 
+@exported
 class BatchNormState(NamedTuple):
     """What is remembered of the batches: the running statistics that inference normalizes by.
 
@@ -201,6 +205,8 @@ def advance(
         )
     check_average(average)
     state, moments = lax.stop_gradient((state, moments))
+    own = jax.typeof(state.mean).sharding.spec
+    moments = Moments(*(shard_like(part, own) for part in moments))
     mean, var = (part.astype(statistics_dtype(part.dtype)) for part in state[:2])
     count = batches_seen(state)
     kept, new = weights_of(average, count, real_dtype(var.dtype))

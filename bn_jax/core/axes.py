@@ -63,6 +63,19 @@ def feature_spec(x: Array, axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(jax.typeof(x).sharding.spec[axis] for axis in axes))
 
 
+def shard_like(values: Array | None, spec: PartitionSpec) -> Array | None:
+    """Values, sharded over the axes that a spec names, where their mesh is explicit.
+
+    Per-feature values may be replicated where x's features are sharded, and the other way round.
+    JAX combines them in sums and products, but in neither selections nor cotangents.
+    """
+    if values is None:
+        return None
+    sharding = jax.typeof(values).sharding
+    same = sharding.mesh.empty or sharding.spec == spec
+    return values if same else jax.sharding.reshard(values, sharding.update(spec=spec))
+
+
 def for_each_feature(number: Size, x: Array, axes: Axes, dtype: DTypeLike) -> Array:
     """One number for each feature, spread over an explicit mesh as x is."""
     sharding = jax.typeof(x).sharding.update(spec=feature_spec(x, axes))

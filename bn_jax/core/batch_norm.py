@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact, Shaped
 
 from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
-from bn_jax.core.axes import Axes, batch_size, feature_axes, spread_where
+from bn_jax.core.axes import Axes, batch_size, feature_axes, feature_spec, shard_like, spread_where
 from bn_jax.core.checks import as_array, as_floats, as_integers, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.ghost import smallest_group, standardize_groups
@@ -191,6 +191,7 @@ def batch_norm_noticing(
         x = check_batch(notice, x, axes, replicas, group_size)
         check_epsilon(epsilon)
         epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
+        params = BatchNormParams(*(shard_like(part, feature_spec(x, axes)) for part in params))
         act = standardize if group_size is None else partial(standardize_groups, group_size)
         y, origin, near = act(axes, replicas, x, params, epsilon, weights)
         return y, advance(state, shift(origin, near), average, unbiased=unbiased)

@@ -41,11 +41,11 @@ def as_integers(name: str, value: SupportsIndex | Sequence[SupportsIndex]) -> tu
 
 
 def as_array(value: ArrayLike | Sequence[Any]) -> Array:
-    """An array of JAX; one that is, itself.
+    """An array of JAX; what JAX traces stays as it is.
 
-    jnp.asarray would apply an operation to it under jax.grad, which jax.debug_nans sees in padding.
+    jnp.asarray converts a tracer to its own dtype, and jax.debug_nans would find padding there.
     """
-    return value if isinstance(value, Array) else jnp.asarray(value)
+    return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
 
 
 def as_floats(values: Iterable[Any]) -> list[Any]:

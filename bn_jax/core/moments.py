@@ -21,11 +21,13 @@ from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.axes import Axes, Size, collapse, feature_axes, feature_shape, spread_where
 from bn_jax.core.checks import as_array
+from bn_jax.core.exported import exported
 from bn_jax.core.origin import origin_of, shared_origin
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
 from bn_jax.core.sums import Sums, add_up, count_or_all, divisor, for_each, inner, share, square
 
 
+@exported
 class Moments(NamedTuple):
     """Mean, biased variance and count, one of each per feature.
 

@@ -16,12 +16,23 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.averages import BatchNormState
-from bn_jax.core.axes import Axes, collapse, feature_axes, feature_shape, spread, spread_where
+from bn_jax.core.axes import (
+    Axes,
+    collapse,
+    feature_axes,
+    feature_shape,
+    feature_spec,
+    shard_like,
+    spread,
+    spread_where,
+)
 from bn_jax.core.checks import as_array, as_floats, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
+from bn_jax.core.exported import exported
 from bn_jax.core.sums import is_padding, zero_where
 
 
+@exported
 class BatchNormParams(NamedTuple):
     """What is learned: y = scale·x̂ + bias, γ and β of the paper. Either may be None.
 
@@ -79,6 +90,9 @@ def normalize(
     mean, var, *affine = as_floats((mean, var, *params))
     params = BatchNormParams(*affine)
     check_features(x, axes, mean=mean, var=var, scale=params.scale, bias=params.bias)
+    spec = feature_spec(x, axes)
+    mean, var, *affine = (shard_like(part, spec) for part in (mean, var, *params))
+    params = BatchNormParams(*affine)
     shape, wide = x.shape, statistics_dtype(x.dtype)
     weights = None if where is None else spread_where(where, x, axes)
     padding = is_padding(x, weights)

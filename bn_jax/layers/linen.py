@@ -104,9 +104,10 @@ class BatchNorm(nn.BatchNorm):
         Args:
             x: any shape; integers are taken as float32.
             use_running_average: as in the constructor, if it was not given there.
-            mask: which values count in the batch's statistics: True counts; floats and integers
-                are weights. Of x's shape, of x's shape without its feature axes, or broadcastable
-                to either. Not used at evaluation.
+            mask: which values count in the batch's statistics: True counts; an integer k counts as
+                k copies of the value; floats are importances, on any scale. Of x's shape, of x's
+                shape without its feature axes, or broadcastable to either. At evaluation, it only
+                tells what is padding.
 
         Returns:
             y, of x's shape; see `dtype`.
@@ -144,8 +145,8 @@ class BatchNorm(nn.BatchNorm):
         if self.is_initializing() and not evaluate:
             # Without averages and axis_name, and without a word about one value per feature.
             batch = measure(x, feature_axis=axes, where=where)
-            y = normalize(x, batch.mean, batch.var, params, epsilon=self.epsilon, feature_axis=axes)
-            return y.astype(result)
+            options = {"epsilon": self.epsilon, "feature_axis": axes, "where": where}
+            return normalize(x, batch.mean, batch.var, params, **options).astype(result)
 
         seen = jnp.zeros_like(mean.value, jnp.int32) if count is None else count.value
         y, state = batch_norm_noticing(

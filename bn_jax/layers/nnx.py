@@ -167,9 +167,10 @@ class BatchNorm(nnx.BatchNorm):
         Args:
             x: any shape; integers are taken as floats.
             use_running_average: goes before the constructor's.
-            mask: which values count in the batch's statistics: True counts; floats and integers
-                are weights. Of x's shape, of x's shape without its feature axes, or broadcastable
-                to either. Not used at evaluation.
+            mask: which values count in the batch's statistics: True counts; an integer k counts as
+                k copies of the value; floats are importances, on any scale. Of x's shape, of x's
+                shape without its feature axes, or broadcastable to either. At evaluation, it only
+                tells what is padding.
 
         Returns:
             y, of x's shape; see `dtype`.

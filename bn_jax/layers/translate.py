@@ -55,7 +55,7 @@ def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarra
 
     A mask of x's rank stays as it is. One of lower rank is read against x without its feature
     axes (one value per example), as in the core, or against the last axes of x, as in flax.
-    Integers count as weights; of 0 and 1 that is flax's meaning too.
+    Integers count, as in the core; of 0 and 1 that is flax's meaning too.
 
     Raises:
         ValueError: both readings fit x, and they differ.
@@ -69,8 +69,6 @@ def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarra
         return None
     if not isinstance(mask, Array | np.ndarray):
         mask = np.asarray(mask)
-    if jnp.issubdtype(mask.dtype, jnp.integer):
-        mask = mask.astype(np.float32)
     if mask.ndim >= x.ndim:
         return mask
     last = (1,) * (x.ndim - mask.ndim) + mask.shape

@@ -309,6 +309,16 @@ def test_a_mistake_says_what_it_is_and_what_to_do(call, kind, parts):
         partial(train, params=bn.BatchNormParams(PARAMS.scale, None)),
         partial(bn.init, 0),
         partial(bn.init, ()),
+        partial(bn.init, np.int64(3)),
+        partial(bn.init, (np.int32(3), 2)),
+        partial(bn.init, np.array([3, 2])),
+        partial(train, feature_axis=np.int64(1)),
+        partial(train, feature_axis=np.array([1])),
+        partial(bn.measure, X, feature_axis=jnp.array(1)),
+        partial(train, group_size=np.int64(4)),
+        partial(train, where=[True] * 5 + [False] * 3),
+        partial(evaluate, where=[0.5] * 8),
+        partial(bn.measure, X, where=[[1]] * 8),
         partial(bn.Ema, 0),
         partial(bn.DebiasedEma, 1),
     ],
@@ -343,20 +353,38 @@ calls = [
     lambda: bn.batch_norm(x, params, state, train=True, average=0.99),
     lambda: bn.batch_norm(x, state, params, train=True),
     lambda: bn.batch_norm(x, params._asdict(), state, train=True),
+    lambda: bn.advance(bn.measure(x), state, bn.Ema(0.9)),
+    lambda: bn.as_affine(state, params),
+    lambda: bn.init(64.0),
+    lambda: bn.measure(x, feature_axis=[0, 1.5]),
 ]
 for call in calls:
     try:
         call()
     except TypeError as error:
         print(error)
+params = bn.BatchNormParams([1, 1, 1], [0, 0, 0])
+state = bn.BatchNormState([0] * 3, [1] * 3, [0] * 3)
+for train in True, False:
+    y, new = bn.batch_norm(x, params, state, train=train)
+    expected, expected_new = bn.batch_norm(x, *bn.init(3), train=train)
+    assert (y == expected).all() and (jnp.stack(new[:2]) == jnp.stack(expected_new[:2])).all()
+assert new is state
+assert (jnp.stack(bn.as_affine(params, state)) == jnp.stack(bn.as_affine(*bn.init(3)))).all()
+moments = bn.Moments([1.0] * 3, [2.0] * 3, [4.0] * 3)
+assert bn.advance(state, moments, bn.Ema(0.5)).mean.tolist() == [0.5] * 3
 """
 
 
-def test_mistakes_that_beartype_would_catch_first():
-    """In a process of its own, where nothing checks the types of arguments."""
+def test_what_beartype_would_catch_first():
+    """Mistakes, and lists, in a process of its own, where nothing checks the types of arguments."""
     run = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    number, swapped, from_dict = run.stdout.splitlines()
+    number, swapped, from_dict, moments, affine, features, axis = run.stdout.splitlines()
     assert re.search(r"average=0.99 must be a function, .* DebiasedEma", number)
     assert re.search(r"params is a BatchNormState, but must be a BatchNormParams", swapped)
     assert re.search(r"params is a dict, .* BatchNormParams\(\*\*params\)", from_dict)
+    assert re.search(r"state is a Moments, but must be a BatchNormState .* order", moments)
+    assert re.search(r"params is a BatchNormState, but must be a BatchNormParams", affine)
+    assert re.search(r"features=64.0 must be an integer", features)
+    assert re.search(r"feature_axis=\[0, 1.5\] must be an integer or several", axis)

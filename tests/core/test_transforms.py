@@ -192,15 +192,11 @@ def eval_shape(case):
 
 @transform
 def export_for_all_platforms(case):
-    leaves, structure = jax.tree.flatten(case.given())
-
-    def flat(*leaves):
-        return jax.tree.leaves(case.apply(*jax.tree.unflatten(structure, leaves)))
-
-    exported = export.export(jax.jit(flat), platforms=("cpu", "cuda", "tpu"))(*leaves)
+    given = case.given()
+    exported = export.export(jax.jit(case.apply), platforms=("cpu", "cuda", "tpu"))(*given)
     if importlib.util.find_spec("flatbuffers"):  # which JAX needs to write it down
         exported = export.deserialize(exported.serialize())
-    assert_same(exported.call(*leaves), jax.tree.leaves(case.expected), case.slack)
+    assert_same(exported.call(*given), case.expected, case.slack)
 
 
 @transform
@@ -599,3 +595,44 @@ def cells():
 @pytest.mark.parametrize(("case", "check"), list(cells()))
 def test_transforms(case, check):
     check(case)
+
+
+def test_named_tuples_are_registered_for_export():
+    """So that an exported function that takes or returns them can be written down."""
+    for kind in bn.BatchNormParams, bn.BatchNormState, bn.Moments:
+        with pytest.raises(ValueError, match="Duplicate serialization registration for type"):
+            export.register_namedtuple_serialization(kind, serialized_name=f"my {kind.__name__}")
+    if importlib.util.find_spec("flatbuffers"):
+        x, where = np.ones((4, 3), np.float32), np.ones(4, np.float32)
+        exported = export.export(jax.jit(lambda x, where: bn.measure(x, where=where)))(x, where)
+        moments = export.deserialize(exported.serialize()).call(x, where)
+        jax.tree.map(np.testing.assert_array_equal, moments, bn.measure(x, where=where))
+
+
+EXPLICIT = [(P("r", "f"), P(), P()), (P("r", "f"), P("f"), P()), (P("r"), P("f"), P("f"))]
+
+
+@pytest.mark.parametrize(("rows", "affine", "remembered"), EXPLICIT, ids=str)
+def test_features_sharded_over_an_explicit_mesh(rows, affine, remembered):
+    """Parameters and state may be sharded otherwise; each keeps its own sharding, as y has x's."""
+    case = CASES["plain"]
+    x, params, state, _ = Case((ROWS, 4), features=4).given()
+
+    def run(train, x, params, state):
+        def loss(params):
+            y, new = case.apply(x, params, state, train=train)
+            return curved(y), (y, new)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    mesh = devices.make_mesh((4, 2), ("r", "f"), axis_types=(AxisType.Explicit,) * 2)
+    for train in True, False:
+        expected = run(train, x, params, state)
+        with jax.set_mesh(mesh):
+            put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
+            given = put(x, rows), put(params, affine), put(state, remembered)
+            actual = jax.jit(partial(run, train))(*given)
+            kinds = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (actual, given))
+            (gradients, (y, new)), (x_kind, params_kind, state_kind) = kinds
+            assert (gradients, y, new) == (params_kind, x_kind, state_kind)
+            assert_same(actual, expected, 4 * case.slack)
