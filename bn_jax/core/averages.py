@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Num
 
 from bn_jax.core.axes import shard_like
-from bn_jax.core.checks import as_array, as_floats, check_kind, is_concrete
+from bn_jax.core.checks import as_floats, check_kind, is_concrete
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.exported import exported
 from bn_jax.core.moments import Moments, degrees_of_freedom
@@ -32,6 +32,8 @@ from bn_jax.core.sums import share
 
 Average = Callable[[Array], ArrayLike]
 """count (a scalar) -> weight kept of the past, in [0, 1]."""
+
+Decay = float | int | np.floating | np.integer | np.ndarray | Array
 
 LOADED = 1000
 """How many batches statistics stand for that were loaded without a count.
@@ -77,7 +79,7 @@ class Ema:
     0.9
     """
 
-    decay: ArrayLike
+    decay: Decay
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", read_decay(self.decay))
@@ -110,7 +112,7 @@ class DebiasedEma:
     [0.0, 0.474, 0.854, 0.9]
     """
 
-    decay: ArrayLike
+    decay: Decay
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", read_decay(self.decay))
@@ -196,8 +198,8 @@ def advance(
     """
     check_kind("state", state, BatchNormState)
     check_kind("moments", moments, Moments)
-    state = BatchNormState(*as_floats(state[:2]), as_array(state.count))
-    moments = Moments(*as_floats(moments))
+    state = read_state(state)
+    moments = Moments(*as_floats(*moments))
     if state.mean.shape != moments.mean.shape:
         raise ValueError(
             f"state is of {state.mean.shape} features and moments of {moments.mean.shape}; "
@@ -233,13 +235,19 @@ def advance(
     )
 
 
+def read_state(state: BatchNormState) -> BatchNormState:
+    """The state in arrays of JAX, also where it holds lists or numbers."""
+    mean, var = as_floats(state.mean, state.var)
+    return BatchNormState(mean, var, jnp.asarray(state.count))
+
+
 def batches_seen(state: BatchNormState) -> Array:
     """How many batches each feature's statistics stand for.
 
     The count; but `LOADED` where that is 0 and mean and var are not those of a new state, 0 and 1:
     then somebody has put them there, from a checkpoint that counts nothing.
     """
-    mean, var, count = map(as_array, state)
+    mean, var, count = map(jnp.asarray, state)
     loaded = (count == 0) & ((mean != 0) | (var != 1))
     return jnp.where(loaded, jnp.full_like(count, LOADED), count)
 
@@ -283,7 +291,7 @@ def check_average(average: object) -> None:
         )
 
 
-def read_decay(decay: ArrayLike) -> ArrayLike:
+def read_decay(decay: Decay) -> Decay:
     """A decay as a Python number, which hashes by value; a traced one stays as it is.
 
     Raises:
@@ -300,7 +308,7 @@ def read_decay(decay: ArrayLike) -> ArrayLike:
     return decay if isinstance(decay, int) else float(decay)
 
 
-def check_decay(decay: ArrayLike) -> None:
+def check_decay(decay: Decay) -> None:
     """Refuse what is no weight."""
     if not 0 <= decay <= 1:
         raise ValueError(

@@ -63,7 +63,7 @@ def feature_spec(x: Array, axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(jax.typeof(x).sharding.spec[axis] for axis in axes))
 
 
-def shard_like(values: Array | None, spec: PartitionSpec) -> Array | None:
+def shard_like(values: Any, spec: PartitionSpec) -> Any:
     """Values, sharded over the axes that a spec names, where their mesh is explicit.
 
     Per-feature values may be replicated where x's features are sharded, and the other way round.

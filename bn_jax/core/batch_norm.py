@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact, Shaped
 
-from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance
+from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance, read_state
 from bn_jax.core.axes import Axes, batch_size, feature_axes, feature_spec, shard_like, spread_where
 from bn_jax.core.checks import as_array, as_floats, as_integers, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
@@ -75,7 +75,7 @@ def batch_norm(
     unbiased: bool = True,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
-    group_size: SupportsIndex | None = None,
+    group_size: int | np.integer | None = None,
 ) -> tuple[Inexact[Array, "..."], BatchNormState]:
     """Normalize each feature by the batch and remember the batch, or by what was remembered.
 
@@ -168,7 +168,7 @@ def batch_norm_noticing(
     unbiased: bool,
     axis_name: AxisName | None,
     axis_index_groups: AxisIndexGroups | None,
-    group_size: SupportsIndex | None,
+    group_size: int | np.integer | None,
 ) -> tuple[Inexact[Array, "..."], BatchNormState]:
     """`batch_norm`, where the caller says what happens on one value per feature."""
     x = as_array(x)
@@ -176,8 +176,9 @@ def batch_norm_noticing(
     check_kind("params", params, BatchNormParams)
     check_kind("state", state, BatchNormState)
     axes = feature_axes(x, feature_axis)
-    given, params = state, BatchNormParams(*as_floats(params))
-    state = BatchNormState(*as_floats(state[:2]), as_array(state.count))
+    group_size = int(group_size) if isinstance(group_size, np.integer) else group_size
+    given, params = state, BatchNormParams(*as_floats(*params))
+    state = read_state(state)
     check_features(x, axes, **params._asdict(), **state._asdict())
 
     with jax.named_scope("batch_norm"):
@@ -185,6 +186,7 @@ def batch_norm_noticing(
             mean, var = state.mean, state.var
             options = {"epsilon": epsilon, "feature_axis": axes, "where": where}
             return normalize(x, mean, var, params, **options), given
+        x = jnp.asarray(x)
         weights = None if where is None else spread_where(where, x, axes)
 
         replicas = read_replicas(axis_name, axis_index_groups)

@@ -1,7 +1,7 @@
 """What arguments may be: numpy's integers, Python lists, and values that can be looked at."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -41,20 +41,20 @@ def as_integers(name: str, value: SupportsIndex | Sequence[SupportsIndex]) -> tu
 
 
 def as_array(value: ArrayLike | Sequence[Any]) -> Array:
-    """An array of JAX; what JAX traces stays as it is.
+    """An array of JAX; what JAX traces stays as it is, for inference op by op.
 
     jnp.asarray converts a tracer to its own dtype, and jax.debug_nans would find padding there.
     """
     return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
 
 
-def as_floats(values: Iterable[Any]) -> list[Any]:
+def as_floats(*values: Any) -> Any:
     """Lists and arrays of numbers as inexact arrays of JAX; None stays None."""
 
     def read(value: Any) -> Array | None:
         if value is None:
             return None
-        array = as_array(value)
+        array = jnp.asarray(value)
         exact = not jnp.issubdtype(array.dtype, jnp.inexact)
         return array.astype(jnp.result_type(float)) if exact else array
 

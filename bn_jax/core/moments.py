@@ -20,7 +20,6 @@ from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.axes import Axes, Size, collapse, feature_axes, feature_shape, spread_where
-from bn_jax.core.checks import as_array
 from bn_jax.core.exported import exported
 from bn_jax.core.origin import origin_of, shared_origin
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
@@ -76,7 +75,7 @@ def measure(
     >>> m.mean.tolist(), m.var.tolist(), m.count.tolist()
     ([2.0, 20.0], [1.0, 100.0], [2.0, 2.0])
     """
-    x = as_array(x)
+    x = jnp.asarray(x)
     axes = feature_axes(x, feature_axis)
     features = feature_shape(x, axes)
     weights = None if where is None else spread_where(where, x, axes)
@@ -198,7 +197,7 @@ def push_mean_and_var(
     return mean_dot, var_dot / divisor(var_dot, count) - 2 * inner(mean, mean_dot)
 
 
-def degrees_of_freedom(count: Array, squares: Array | None) -> Array:
+def degrees_of_freedom(count: Any, squares: Array | None) -> Array:
     """How much is left of a count to estimate a variance by, when the mean is known from it too.
 
     m - 1 of m values. Of importances, Σw - Σw²/Σw, which is Σw (n - 1)/n with the effective count

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.core.averages import BatchNormState, batches_seen
-from bn_jax.core.checks import as_array, as_floats
+from bn_jax.core.averages import BatchNormState, batches_seen, read_state
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.moments import Moments, pool_by
 
@@ -77,7 +76,7 @@ def pool_state(states: Any) -> Any:
 
 def pool_fields(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Array]:
     """Mean, variance and count of all replicas, from those of each."""
-    state = BatchNormState(*as_floats((mean, var)), as_array(count))
+    state = read_state(BatchNormState(mean, var, count))
     mean, var = (part.astype(statistics_dtype(part.dtype)) for part in state[:2])
     count = batches_seen(state)
     if mean.ndim < 2 or len(mean) == 0:

@@ -63,8 +63,9 @@ def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
         parts.append(weights.astype(parts[1].dtype))
     if are_importances(weights):
         parts.append(square(parts[-1]))
-    parts = add_together(parts, axes)
-    return Sums(*parts) if len(parts) > 2 else Sums(*parts, None)
+    total, squares, *counted = add_together(parts, axes)
+    count, weight_squares = (*counted, None, None)[:2]
+    return Sums(total, squares, count, weight_squares)
 
 
 def keep(values: Array, weights: Array | None) -> Array:
