@@ -33,7 +33,7 @@ def progress_bars(console: Console) -> Iterator[Progress]:
     """A live bar per arm: step, loss and test accuracy or what is being done, time left."""
     with Progress(
         TextColumn("{task.description:>15}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         StatusColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),

@@ -1,5 +1,8 @@
 """Chunks of steps under `lax.scan` are the steps one by one, wherever the chunks end."""
 
+import itertools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +139,9 @@ def test_a_batch_of_all_the_data(digits):
 def test_a_long_run_is_many_short_calls(digits, monkeypatch):
     """Of 10 steps between evaluations at most 3 at once, and what is done is told before."""
     monkeypatch.setattr("bn_jax.train.loop.steps_per_call", lambda *_: 3)
+    # A clock by which each call takes a second.
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr("bn_jax.train.loop.time", clock)
     config, told = TrainConfig(**SMALL | {"steps": 14, "evaluate_every": 10}), []
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
     got = list(train(config, model, optimizer, digits, lambda *what: told.append(what)))
@@ -144,6 +150,8 @@ def test_a_long_run_is_many_short_calls(digits, monkeypatch):
         *(("compiling", 0), *(("training", step) for step in range(0, 10, 2)), ("evaluating", 10)),
         *(("training", 10), ("training", 12), ("evaluating", 14)),
     ]
+    # 5 calls of 2 steps of 20 examples, then 2.
+    assert [e.examples_per_second for _, e in got] == [0, 40, 40]
     expected = run(digits, steps=14, evaluate_every=10)
     for (state, evaluation), (other, whole) in zip(got, expected, strict=True):
         for x, y in zip(leaves(state), leaves(other), strict=True):

@@ -7,17 +7,22 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
+from contextlib import nullcontext
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from bn_jax.data import load
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import load_newest
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.device import split_cpu
 from bn_jax.train.experiment import evaluate_run
 from bn_jax.train.loop import train
+from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder
 from bn_jax.train.step import init_state
 from bn_jax.train.witness import MARK, UNMET, watch
@@ -157,6 +162,37 @@ def test_processes_of_different_runs_refuse_each_other(start, finish, tmp_path):
         assert (status, stdout) == (2, "")
         assert stderr.startswith("error: --learning-rate and --seed: not the same in all processes")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "names"),
+    [
+        ([(1, 2), (1, 2)], None),
+        ([(1, 3), (1, 2)], "--batch-size"),  # the one in the middle
+        ([(1, 2), (4, 3)], "--seed and --batch-size"),
+    ],
+)
+def test_every_process_is_compared(others, names, monkeypatch):
+    def gather(own):
+        def marks(values):
+            return [zlib.crc32(repr(value).encode()) for value in values]
+
+        return np.array([own.tolist(), *map(marks, others)], np.uint32)
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    refused = pytest.raises(ValueError, match=f"^{names}: not the same in all processes")
+    with refused if names else nullcontext():
+        check_same({"seed": 1, "batch_size": 2})
+
+
+def test_each_process_makes_its_share_of_a_cpu(monkeypatch):
+    made = []
+    monkeypatch.setattr(jax.config, "update", lambda *what: made.append(what))
+    split_cpu(8, 2)
+    split_cpu(3)
+    for few in [(None,), (1,), (None, 4), (2, 2)]:
+        split_cpu(*few)
+    assert made == [("jax_num_cpu_devices", 4), ("jax_num_cpu_devices", 3)]
 
 
 @pytest.mark.slow

@@ -150,3 +150,12 @@ def test_a_run_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=r"file.config.json cannot be read"):
         RunFolder(tmp_path / "file").read_config()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_other_processes_are_told_the_whole_path(processes, tmp_path, monkeypatch):
+    """They may have been started in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jax.process_count", lambda: processes)
+    path = RunFolder.make(TrainConfig(run_dir=Path("run")))
+    assert path == (Path("run") if processes == 1 else tmp_path / "run")

@@ -10,7 +10,7 @@ import pytest
 
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.step import TrainState, accuracy, init_state, make_train_step
+from bn_jax.train.step import TrainState, accuracy, in_chunks, init_state, make_train_step
 
 EPSILON, DECAY, RATE = 0.01, 0.9, 0.5
 
@@ -197,3 +197,18 @@ def test_accuracy_is_the_share_of_right_labels(count, config, fill, digits):
     labels = np.where(np.arange(count) % 3 == 0, (said + 1) % 10, said)
     got = accuracy(model, "threshold", state, images, jnp.asarray(labels))
     assert float(got) == pytest.approx(np.mean(said == labels), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (1000, [1000]), (2500, [834] * 3), (10_000, [1000] * 10)]
+)
+def test_chunks_are_equal_and_short(count, sizes):
+    """What makes up for missing images has a label that no network says."""
+    labels = np.arange(count) % 10
+    chunks = in_chunks(
+        np.broadcast_to(labels.astype(np.uint8)[:, None, None], (count, 2, 3)), labels
+    )
+    assert [len(part) for _, part in chunks] == sizes
+    images, parts = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
+    np.testing.assert_array_equal(images[:count, 1, 2], labels)
+    assert parts.tolist() == [*labels, *[-1] * (sum(sizes) - count)]
