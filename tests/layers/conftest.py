@@ -1,6 +1,9 @@
 """What the tests of both shells share."""
 
 import contextlib
+import subprocess
+import sys
+import tarfile
 
 import flax
 import jax
@@ -66,6 +69,20 @@ def assert_same_tree(ours, theirs):
         return structure, [(jax.tree_util.keystr(p), a.shape, a.dtype) for p, a in leaves]
 
     assert describe(ours) == describe(theirs)
+
+
+@pytest.fixture(scope="session")
+def flax_archive(tmp_path_factory):
+    """The source archive of the installed flax, which pip fetches and verifies."""
+    folder = tmp_path_factory.mktemp("flax")
+    # Without binaries for flax alone, as its build may need some.
+    command = ["download", "--no-deps", "--no-binary", "flax", f"flax=={flax.__version__}"]
+    run = [sys.executable, "-m", "pip", "--quiet", *command, "--dest", str(folder)]
+    fetched = subprocess.run(run, capture_output=True, text=True)
+    if fetched.returncode:
+        pytest.skip(f"pip has no source archive of flax here: {fetched.stderr.strip()[-200:]}")
+    with tarfile.open(next(folder.glob("flax-*.tar.gz"))) as archive:
+        yield archive
 
 
 @pytest.fixture

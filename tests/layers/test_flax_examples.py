@@ -5,13 +5,10 @@ fetches and verifies. Nothing of them is changed but where BatchNorm comes from.
 """
 
 import ast
-import subprocess
 import sys
-import tarfile
 import types
 from functools import partial
 
-import flax
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -24,20 +21,6 @@ import bn_jax.layers.nnx
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lenient")]
 LINEN, OURS = "from flax import linen as nn\n", "from bn_jax.layers.linen import BatchNorm\n"
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    """The source archive of the installed flax."""
-    folder = tmp_path_factory.mktemp("flax")
-    # Without binaries for flax alone, as its build may need some.
-    command = ["download", "--no-deps", "--no-binary", "flax", f"flax=={flax.__version__}"]
-    run = [sys.executable, "-m", "pip", "--quiet", *command, "--dest", str(folder)]
-    fetched = subprocess.run(run, capture_output=True, text=True)
-    if fetched.returncode:
-        pytest.skip(f"pip has no source archive of flax here: {fetched.stderr.strip()[-200:]}")
-    with tarfile.open(next(folder.glob("flax-*.tar.gz"))) as archive:
-        yield archive
 
 
 def source_of(archive, path):
@@ -79,9 +62,9 @@ def train_step(model, variables):
 
 
 @pytest.fixture(scope="module")
-def resnets(archive):
+def resnets(flax_archive):
     """Model, loss and variables after two steps: of flax's, and of the same with our BatchNorm."""
-    source = source_of(archive, "examples/imagenet/models.py")
+    source = source_of(flax_archive, "examples/imagenet/models.py")
     assert source.count("nn.BatchNorm") == source.count(LINEN) == 1
     changed = source.replace(LINEN, LINEN + OURS).replace("nn.BatchNorm", "BatchNorm")
     trained = []
@@ -120,9 +103,9 @@ def test_the_resnets_checkpoint_is_the_others(into, resnets):
 
 
 @pytest.fixture(scope="module")
-def cnns(archive):
+def cnns(flax_archive):
     """Flax's class, and the same with our BatchNorm."""
-    source = source_of(archive, "examples/mnist/train.py")
+    source = source_of(flax_archive, "examples/mnist/train.py")
     (cnn,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "CNN"]
     text = ast.get_source_segment(source, cnn)
     assert text.count("nnx.BatchNorm") == 2
