@@ -8,6 +8,7 @@ statistics. So statistics that somebody loaded, and whose count is unknown or 0,
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from bn_jax.interop.checks import read_array, refusal, some
@@ -17,17 +18,20 @@ LONG_SEEN = 100_000
 
 
 def read_count(key: str, value: Any) -> np.ndarray:
-    """How many batches were seen: a non-negative integer, or one per feature, as int32.
+    """How many batches were seen: a whole number, or one per feature, as int32.
+
+    Floats are what our Flax layers count in, so that whole states can be averaged.
 
     Raises:
-        CheckpointError: it is not, or is above 2,147,483,647.
+        CheckpointError: it is not, is negative or above 2,147,483,647.
 
     >>> read_count("bn.num_batches_tracked", 7).tolist()
     7
     """
     array = read_array(key, value)
     limit = np.iinfo(np.int32).max
-    whole = np.issubdtype(array.dtype, np.integer)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    whole = np.issubdtype(array.dtype, np.integer) or (is_float and np.all(array == array // 1))
     if not whole or np.any((array < 0) | (array > limit)):
         raise refusal(
             key,

@@ -10,13 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bn_jax.core.averages import Average, BatchNormState, Ema
+from bn_jax.core.averages import Average, BatchNormState
 from bn_jax.core.axes import feature_axes, feature_shape
 from bn_jax.core.batch_norm import batch_norm_noticing
 from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
 from bn_jax.layers.single_value import warn
-from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask
+from bn_jax.layers.translate import (
+    batches_seen,
+    check_flag,
+    flax_average,
+    mean_dtype,
+    promote,
+    read_mask,
+)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -43,7 +50,7 @@ class BatchNorm(nn.BatchNorm):
             batch (False: training); given either here or in the call.
         axis: the feature axis, or several: all others are batch.
         momentum: the weight of the past in the running statistics, as in flax; torch's momentum
-            is one minus this.
+            is one minus this. May be an array or traced, of one value or one per feature.
         epsilon: added to the variance.
         dtype: of the result; None for the common dtype of x, scale and bias. Statistics are
             computed in float32 at least.
@@ -62,9 +69,9 @@ class BatchNorm(nn.BatchNorm):
             `batch_stats` are float32 also if it is False, where flax's are in param_dtype.
         average: how much of the past the running statistics keep, count -> weight, e.g.
             `bn_jax.DebiasedEma(0.99)`, which is right from the first step on, or any optax
-            schedule. It replaces momentum, and needs a third variable in `batch_stats`, `count`,
-            which counts from zero where a checkpoint has none. None is flax's average,
-            `bn_jax.Ema(momentum)`, without that variable.
+            schedule. It replaces momentum, and needs a third variable in `batch_stats`, `count`.
+            Where a checkpoint has none, its statistics stand for 1000 batches. None is flax's
+            average, `bn_jax.Ema(momentum)`, without that variable.
         unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
         group_size: ghost batch norm: each group of this many examples, neighbours on the leading
             batch axis, is normalized by its own statistics; what is remembered are those of all
@@ -132,7 +139,7 @@ class BatchNorm(nn.BatchNorm):
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         count = None
         if self.average is not None and (self.is_initializing() or not evaluate):
-            count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
+            count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.float32)
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, shape, self.param_dtype)
@@ -148,14 +155,14 @@ class BatchNorm(nn.BatchNorm):
             options = {"epsilon": self.epsilon, "feature_axis": axes, "where": where}
             return normalize(x, batch.mean, batch.var, params, **options).astype(result)
 
-        seen = jnp.zeros_like(mean.value, jnp.int32) if count is None else count.value
+        seen = batches_seen(None if count is None else count.value, mean.value)
         y, state = batch_norm_noticing(
             warn,
             x,
             params,
             BatchNormState(mean.value, var.value, seen),
             train=not evaluate,
-            average=Ema(self.momentum) if self.average is None else self.average,
+            average=flax_average(self.momentum) if self.average is None else self.average,
             epsilon=self.epsilon,
             feature_axis=axes,
             where=where,

@@ -16,12 +16,19 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.nn import initializers
 
-from bn_jax.core.averages import Average, BatchNormState, Ema
+from bn_jax.core.averages import Average, BatchNormState
 from bn_jax.core.axes import feature_axes
 from bn_jax.core.batch_norm import batch_norm_noticing
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.layers.single_value import warn
-from bn_jax.layers.translate import check_flag, mean_dtype, promote, read_mask
+from bn_jax.layers.translate import (
+    batches_seen,
+    check_flag,
+    flax_average,
+    mean_dtype,
+    promote,
+    read_mask,
+)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -38,6 +45,11 @@ class BatchNorm(nnx.BatchNorm):
     `graph, params, rest = nnx.split(model, nnx.Param, ...)`; put it together inside,
     `model = nnx.merge(graph, params, rest, copy=True)`; and return
     `nnx.state(model, nnx.BatchStat)`, for `nnx.update` outside.
+
+    Under nnx.vmap, a layer that all members share has one set of statistics: pool them, with
+    axis_name here and in nnx.vmap. For statistics of each member's own, give them an axis, here as
+    where the layer is made: in_axes=(nnx.StateAxes({nnx.BatchStat: 0, ...: None}), 0). Without
+    either, JAX refuses the batched output.
 
     Differs from flax.nnx.BatchNorm in
 
@@ -59,7 +71,8 @@ class BatchNorm(nnx.BatchNorm):
             batch (False: training). The call's argument, if given, goes before this.
         axis: the feature axis, or several: all others are batch.
         momentum: the weight of the past in the running statistics, as in flax; torch's momentum
-            is one minus this.
+            is one minus this. May be an array, a variable or traced, of one value or one per
+            feature.
         epsilon: added to the variance.
         dtype: of the result; None for the common dtype of x, mean, var, scale and bias.
             Statistics are computed in float32 at least, but of x rounded to dtype, as in flax.
@@ -81,8 +94,10 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: of the variable scale.
         average: how much of the past the running statistics keep, count -> weight, e.g.
             `bn_jax.DebiasedEma(0.99)`, which is right from the first step on, or any optax
-            schedule. It replaces momentum, and needs a third `nnx.BatchStat`, `count`. None is
-            flax's average, `bn_jax.Ema(momentum)`, without that variable.
+            schedule. It replaces momentum, and needs a third `nnx.BatchStat`, `count`, which it
+            gets also if it is set later, e.g. by `set_attributes`. None is flax's average,
+            `bn_jax.Ema(momentum)`, without that variable. Statistics that were learned without a
+            count, or loaded, stand for 1000 batches.
         unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
         group_size: ghost batch norm: each group of this many examples, neighbours on the leading
             batch axis, is normalized by its own statistics; what is remembered are those of all
@@ -125,9 +140,7 @@ class BatchNorm(nnx.BatchNorm):
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, mean_dtype(dtype, param_dtype)))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
-        self.count = (
-            nnx.data(None) if average is None else nnx.BatchStat(jnp.zeros(shape, jnp.int32))
-        )
+        self.count = nnx.data(None)
         self.scale = (
             nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
             if use_scale
@@ -154,6 +167,12 @@ class BatchNorm(nnx.BatchNorm):
         self.average = average
         self.unbiased = unbiased
         self.group_size = group_size
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; an average, also a later one, gets the count it needs."""
+        super().__setattr__(name, value)
+        if name == "average" and value is not None and getattr(self, "count", value) is None:
+            self.count = nnx.BatchStat(jnp.zeros_like(self.mean[...], jnp.float32))
 
     def __call__(
         self,
@@ -199,14 +218,14 @@ class BatchNorm(nnx.BatchNorm):
             x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = BatchNormParams(scale, bias)
         x, result = promote(x, params, self.dtype)
-        seen = jnp.zeros_like(mean, jnp.int32) if self.count is None else self.count[...]
+        seen = batches_seen(None if self.count is None else self.count[...], mean)
         y, state = batch_norm_noticing(
             warn,
             x,
             params,
             BatchNormState(mean, var, seen),
             train=not evaluate,
-            average=Ema(self.momentum) if self.average is None else self.average,
+            average=flax_average(self.momentum) if self.average is None else self.average,
             epsilon=self.epsilon,
             feature_axis=axes,
             where=read_mask(mask, x, axes),
@@ -216,7 +235,16 @@ class BatchNorm(nnx.BatchNorm):
             group_size=self.group_size,
         )
         if not evaluate:
-            self.mean[...], self.var[...] = state.mean, state.var
+            remember(self.mean, state.mean)
+            remember(self.var, state.var)
             if self.count is not None:
-                self.count[...] = state.count
+                remember(self.count, state.count)
         return y.astype(result)
+
+
+def remember(variable: nnx.BatchStat[Array], value: Array) -> None:
+    """Give a variable its new value; `[...]` would round a wider one to the dtype of the old."""
+    if variable[...].dtype == value.dtype:
+        variable[...] = value
+    else:
+        variable.set_value(value)

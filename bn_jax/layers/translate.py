@@ -1,18 +1,24 @@
 """Flax's arguments in the core's words: what the two shells have in common.
 
-Three instances: the rule for the dtype of the result, the reading of a mask, the refusal of a
-traced flag. No arithmetic; the core does all of it.
+Three instances: the rule for the dtype of the result, the reading of a mask, the moving average of
+a momentum. No arithmetic; the core does all of it.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from bn_jax.core.averages import Average, Ema
 from bn_jax.core.axes import Axes, batch_axes
+from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.normalize import BatchNormParams
 
 
@@ -48,6 +54,39 @@ def mean_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
     known = [dtype for dtype in dtypes if dtype is not None]
     is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in known)
     return jnp.dtype(jnp.complex64 if is_complex else jnp.float32)
+
+
+def batches_seen(count: Array | None, mean: Array) -> Array:
+    """The count for the core, float32 at least if it is a float; 0 where nothing counts."""
+    if count is None:
+        return jnp.zeros_like(mean, jnp.float32)
+    is_float = jnp.issubdtype(count.dtype, jnp.floating)
+    return count.astype(statistics_dtype(count.dtype)) if is_float else count
+
+
+def flax_average(momentum: Any) -> Average:
+    """Flax's moving average, whose momentum may be a variable, traced, or one value per feature.
+
+    >>> flax_average(0.9)
+    Ema(decay=0.9)
+    """
+    momentum = momentum[...] if isinstance(momentum, nnx.Variable) else momentum
+    return PerFeature(momentum) if np.ndim(momentum) else Ema(momentum)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerFeature:
+    """An exponential moving average of a decay per feature."""
+
+    decay: Array
+
+    def __call__(self, count: ArrayLike) -> ArrayLike:
+        """The weights kept of the past."""
+        return self.decay
+
+    def weights(self, count: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+        """The weights of the past and of the new batch, for all features."""
+        return self.decay, 1 - self.decay
 
 
 def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarray | None:

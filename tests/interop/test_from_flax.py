@@ -104,6 +104,16 @@ def test_settings_make_our_layers_too():
     assert from_flax(variables, count=9)[1].count.tolist() == [9] * FEATURES
 
 
+def test_our_layers_count_in_floats():
+    layer = BatchNorm(average=bn.CumulativeAverage())
+    variables = layer.init(jax.random.key(0), jnp.ones((2, FEATURES)), True)
+    assert from_flax(variables)[1].count.tolist() == [0] * FEATURES
+    variables["batch_stats"]["count"] += 3
+    count = from_flax(variables)[1].count
+    assert count.tolist() == [3] * FEATURES
+    assert count.dtype == np.int32
+
+
 def test_several_feature_axes_stay():
     variables = {"batch_stats": {"mean": np.zeros((2, 3), np.float32), "var": np.ones((2, 3))}}
     _, state, _ = from_flax(variables)

@@ -220,7 +220,7 @@ class TestAverage:
         assert "count" not in nnx.to_pure_dict(nnx.state(make()))
         counting = make(average=bn.CumulativeAverage())
         assert set(nnx.state(counting, nnx.BatchStat)) == {"mean", "var", "count"}
-        assert counting.count[...].dtype == jnp.int32
+        assert counting.count[...].dtype == jnp.float32
 
     def test_the_default_is_flax_decay(self):
         plain, explicit = make(momentum=0.75), make(average=bn.Ema(0.75))

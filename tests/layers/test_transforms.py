@@ -245,6 +245,17 @@ class TestNnxTransforms:
         same(y, self.layer()(X))
         same(layer.mean[...], X.mean(0))
 
+    def test_vmap_of_a_shared_layer_needs_an_axis_for_its_statistics(self):
+        x = jnp.stack([X, 2 * X])
+        with pytest.raises(ValueError, match="out_axes"):
+            nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(self.layer(), x)
+        axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
+        layer = nnx.vmap(self.layer, out_axes=axes, axis_size=2)()
+        assert layer.scale.shape == (5,)
+        y = nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, 0))(layer, x)
+        same(y[1], self.layer()(x[1]))
+        same(layer.mean[...], 0.01 * x.mean(1))
+
     def test_split_and_merge(self):
         layer = self.layer()
         graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
