@@ -17,7 +17,7 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bn_jax.layers.fold_chain import BATCH_NORMS, Fate, Link, Report, fold_chain
+from bn_jax.layers.fold_chain import BATCH_NORMS, LINEAR, Fate, Link, Report, fold_chain
 
 GETS, RETURNS = "bn_jax.fold: gets ", "bn_jax.fold: returns "
 
@@ -133,7 +133,7 @@ def before(links: dict[str, Link], name: str | None) -> Link:
     """What is before a chain, as reasons name it: nothing to fold into."""
     if name is None:
         return OTHER
-    if links[name].uses > 1:
+    if links[name].uses > 1 and type(links[name].layer) in LINEAR:
         return links[name]
     kind = f"{type(links[name].layer).__name__}, whose result goes elsewhere too"
     return Link(name, SimpleNamespace(__name__=kind), {})

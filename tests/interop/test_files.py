@@ -126,6 +126,14 @@ def test_a_damaged_file_is_refused(tmp_path):
         read_file(path)
 
 
+def test_what_is_neither_is_not_called_a_pickle(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"\x05" * 64)
+    with pytest.raises(CheckpointError, match=r"cannot be read .*get another copy"):
+        read_file(path)
+
+
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_file(tmp_path / "m.safetensors")

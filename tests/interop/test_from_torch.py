@@ -72,6 +72,8 @@ def test_a_biased_variance_is_corrected_if_m_is_given():
     corrected, _ = to_torch(params, state, settings, values_per_feature=32)
     assert_same(copied["running_var"], np.ones(FEATURES, np.float32))
     np.testing.assert_allclose(corrected["running_var"], 32 / 31, rtol=1e-7)
+    agreed, _ = to_torch(params, state, settings | {"unbiased": True}, values_per_feature=32)
+    assert_same(agreed["running_var"], np.ones(FEATURES, np.float32))
 
 
 def torch_layer(steps, shape, **arguments):

@@ -110,7 +110,7 @@ class Twice(nn.Module):
         x = norm(dense(x))
         x = our_linen.BatchNorm(use_running_average=True)(dense(x))
         seen = nn.Dense(4)(nn.relu(x))
-        return our_linen.BatchNorm(use_running_average=True)(seen), seen
+        return our_linen.BatchNorm()(seen, True), seen
 
 
 def test_what_is_used_elsewhere_stays():
@@ -118,11 +118,31 @@ def test_what_is_used_elsewhere_stays():
     variables = made(model, x)
     folded, fewer, report = fold_linen(model, variables, x)
     assert len(report.stays) == len(report) == 3
-    assert "Dense_0 Dense, or a parameter of it, is used 2 times" in lines(report)[0]
+    twice = "Dense_0 Dense, or a parameter of it, is used 2 times"
+    assert report[0].why_not == f"{twice}, {twice}"
+    assert report[1].why_not == f"{twice}, precedes other operations"
     assert "follows Dense_1 Dense, whose result goes elsewhere too" in lines(report)[2]
     jax.tree.map(np.testing.assert_array_equal, fewer, variables)
     for a, b in zip(folded.apply(fewer, x), model.apply(variables, x), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class Ring(nn.Module):
+    """Two layers that follow each other in turn."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm, dense = our_linen.BatchNorm(use_running_average=True), nn.Dense(4, name="ring")
+        x = nn.Dense(4, name="first")(x)
+        return dense(norm(dense(norm(x))))
+
+
+def test_layers_in_a_ring_stay():
+    model, x = Ring(), inputs(3, 4)
+    variables = made(model, x)
+    folded, fewer, report = fold_linen(model, variables, x)
+    assert [fate.why_not for fate in report] == ["is used 2 times"]
+    np.testing.assert_array_equal(folded.apply(fewer, x), model.apply(variables, x))
 
 
 class Scanned(nn.Module):
