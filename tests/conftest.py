@@ -37,6 +37,11 @@ def pytest_configure(config):
         remember_programs(cache.mkdir("jax"))
 
 
+def pytest_collectstart():
+    """Modules compile while they are imported."""
+    compile_quickly(True)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before any fixture, as some of them compile."""

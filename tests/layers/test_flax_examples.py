@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 
 import bn_jax.layers.nnx
+from tests.layers.draws import normal
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lenient")]
 LINEN, OURS = "from flax import linen as nn\n", "from bn_jax.layers.linen import BatchNorm\n"
@@ -39,8 +40,8 @@ def as_module(name, source):
 # The ImageNet ResNet. It names the axis "batch", over which its users map their devices.
 
 PARTS, SHARE = 2, 4
-IMAGES = jax.random.normal(jax.random.key(0), (PARTS, SHARE, 64, 64, 3)) + 0.5
-LABELS = jnp.arange(PARTS * SHARE).reshape(PARTS, SHARE) % 10
+IMAGES = normal((PARTS, SHARE, 64, 64, 3), 0.5)
+LABELS = jnp.asarray(np.arange(PARTS * SHARE).reshape(PARTS, SHARE) % 10)
 
 
 def train_step(model, variables):

@@ -14,9 +14,10 @@ import pytest
 
 import bn_jax as bn
 from bn_jax.layers.linen import BatchNorm
+from tests.layers.draws import normal
 
 KEY = jax.random.key(0)
-X = 3 + 2 * jax.random.normal(KEY, (8, 5))
+X = normal((8, 5), 3, 2)
 
 
 def train(layer, variables, x, **options):

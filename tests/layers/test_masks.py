@@ -10,9 +10,10 @@ from flax import nnx
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
 from bn_jax.layers.translate import read_mask
+from tests.layers.draws import normal
 
 KEY = jax.random.key(0)
-X = 1 + jax.random.normal(KEY, (6, 4, 5, 3))
+X = normal((6, 4, 5, 3), 1)
 
 
 def linen(x, mask, norm=bn_jax.layers.linen.BatchNorm):

@@ -18,10 +18,11 @@ from flax import nnx
 
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
+from tests.layers.draws import normal
 
 pytestmark = pytest.mark.usefixtures("lenient")
-IMAGES = jax.random.normal(jax.random.key(0), (8, 16, 16, 3)) + 0.5
-LABELS = jnp.arange(8) % 5
+IMAGES = normal((8, 16, 16, 3), 0.5)
+LABELS = jnp.asarray(np.arange(8) % 5)
 
 
 class Bottleneck(nn.Module):

@@ -13,9 +13,10 @@ from flax import nnx
 import bn_jax as bn
 import bn_jax.layers.linen
 from bn_jax.layers.nnx import BatchNorm
+from tests.layers.draws import normal
 
-X = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 5))
-LARGEST = float(jnp.abs(X).max())
+X = normal((8, 5), 3, 2)
+LARGEST = float(np.abs(X).max())
 needs_view = pytest.mark.skipif(not hasattr(nnx, "view"), reason="this flax has no nnx.view")
 
 

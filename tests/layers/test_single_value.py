@@ -14,9 +14,10 @@ import bn_jax.layers.linen
 import bn_jax.layers.nnx
 from bn_jax.layers import SingleValueWarning
 from bn_jax.layers.single_value import warn
+from tests.layers.draws import normal
 
 KEY = jax.random.key(0)
-X = jax.random.normal(KEY, (1, 3)) + 2
+X = normal((1, 3), 2)
 Linen, Nnx = bn_jax.layers.linen.BatchNorm, bn_jax.layers.nnx.BatchNorm
 
 

@@ -10,8 +10,9 @@ from flax import nnx
 import bn_jax as bn
 from bn_jax.layers.nnx import BatchNorm
 from bn_jax.layers.swap import swap, swap_back
+from tests.layers.draws import normal
 
-X = 3 + 2 * jax.random.normal(jax.random.key(0), (16, 5))
+X = normal((16, 5), 3, 2)
 pytestmark = pytest.mark.usefixtures("lenient")
 
 

@@ -13,9 +13,10 @@ import bn_jax as bn
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
 from tests.devices import make_mesh
+from tests.layers.draws import normal
 
 KEY = jax.random.key(0)
-X = 3 + 2 * jax.random.normal(KEY, (8, 5))
+X = normal((8, 5), 3, 2)
 Linen, Nnx = bn_jax.layers.linen.BatchNorm, bn_jax.layers.nnx.BatchNorm
 P = jax.sharding.PartitionSpec
 
