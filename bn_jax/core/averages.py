@@ -170,7 +170,7 @@ def advance(
     is outside of [0, 1]. No gradient flows into the new state.
 
     Loaded statistics are not lost: where the count is 0, but mean and var are not those of a new
-    state (0 and 1), they stand for 1000 batches (`batches_seen`).
+    state (0 and 1, or zeros), they stand for 1000 batches (`batches_seen`).
 
     Args:
         state: the running statistics.
@@ -244,11 +244,11 @@ def read_state(state: BatchNormState) -> BatchNormState:
 def batches_seen(state: BatchNormState) -> Array:
     """How many batches each feature's statistics stand for.
 
-    The count; but `LOADED` where that is 0 and mean and var are not those of a new state, 0 and 1:
-    then somebody has put them there, from a checkpoint that counts nothing.
+    The count; but `LOADED` where that is 0 and mean and var are neither those of a new state, 0 and
+    1, nor both 0: then somebody has put them there, from a checkpoint that counts nothing.
     """
     mean, var, count = map(jnp.asarray, state)
-    loaded = (count == 0) & ((mean != 0) | (var != 1))
+    loaded = (count == 0) & ((mean != 0) | ((var != 1) & (var != 0)))
     return jnp.where(loaded, jnp.full_like(count, LOADED), count)
 
 

@@ -991,8 +991,8 @@ MUTATIONS = [
     Mutation(
         "a loaded variance does not tell",
         "averages.py",
-        "(mean != 0) | (var != 1)",
-        "mean != 0",
+        "(mean != 0) | ((var != 1) & (var != 0))",
+        "(mean != 0)",
         "state",
     ),
     Mutation(

@@ -294,9 +294,9 @@ def test_loaded_statistics_without_a_count_are_not_lost(average):
 
 
 def test_a_feature_is_loaded_where_mean_or_variance_tell():
-    mean, var = jnp.array([0.0, 2.0, 0.0]), jnp.array([1.0, 1.0, 3.0])
-    seen = batches_seen(bn.BatchNormState(mean, var, jnp.zeros(C, jnp.int32)))
-    np.testing.assert_array_equal(seen, [0, 1000, 1000])
+    mean, var = jnp.array([0.0, 2.0, 0.0, 0.0]), jnp.array([1.0, 1.0, 3.0, 0.0])
+    seen = batches_seen(bn.BatchNormState(mean, var, jnp.zeros(4, jnp.int32)))
+    np.testing.assert_array_equal(seen, [0, 1000, 1000, 0])
     np.testing.assert_array_equal(batches_seen(STATE), STATE.count)
 
 
