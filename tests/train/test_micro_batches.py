@@ -43,7 +43,7 @@ def setup(name, fill, digits, arm="batch"):
     variables = fill(model, images.astype(jnp.float32))
     stats = variables.get("batch_stats", {})
     for layer in layers(stats):
-        layer["count"] = jnp.zeros(layer["mean"].shape, jnp.int32)
+        layer["count"] = jnp.full(layer["mean"].shape, 5, jnp.int32)
     state = TrainState(variables["params"], stats, (), jnp.int32(0), jax.random.key(0))
     return model, state, binarize(images, "threshold", state.key), labels_of(digits)
 
@@ -107,7 +107,7 @@ def test_the_statistics_are_those_of_all_parts_together(name, fill, digits):
         # their way through the layers.
         np.testing.assert_allclose(new["mean"], mean, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(new["var"], var, rtol=1e-5, atol=1e-5)
-        assert np.all(new["count"] == 1)
+        assert np.all(new["count"] == 6)
 
     each = [whole(model, state, *part) for part in zip(*parts, strict=True)]
     assert float(loss) == pytest.approx(np.mean([float(e[0]) for e in each]), rel=1e-5)
