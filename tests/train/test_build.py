@@ -11,10 +11,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import bn_jax as bn
+from bn_jax.train import settings
 from bn_jax.train.build import build_average, build_model
 from bn_jax.train.config import TrainConfig
 
-SOURCE = inspect.getsource(TrainConfig)
+SOURCE = inspect.getsource(settings)
 SMALL = {"hidden": (3,), "filters": 2, "blocks": 1}
 
 
@@ -74,7 +75,7 @@ def test_the_activation(model, name, function, fill, images):
 @pytest.mark.parametrize(
     ("model", "init_std", "spread"),
     [
-        ("mlp", None, float(re.search(r"By default (0\.\d+) for the mlp", SOURCE)[1])),
+        ("mlp", None, float(re.search(r"(0\.\d+) for the mlp", SOURCE)[1])),
         ("mlp", 0.5, 0.5),
         ("cnn", None, np.sqrt(2 / 400)),
         ("cnn", 0.5, 0.5),
