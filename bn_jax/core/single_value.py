@@ -13,6 +13,7 @@ from typing import NoReturn
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
 
 Notice = Callable[[str], None]
 """What to do about training on one value per feature, given what is wrong and what helps."""
@@ -32,7 +33,7 @@ def when_computed(notice: Notice, message: str, x: Array) -> Array:
     return notice_p.bind(x, notice=notice, message=message)
 
 
-def compute(x: Array, *, notice: Notice, message: str) -> Array:
+def compute(x: ArrayLike, *, notice: Notice, message: str) -> ArrayLike:
     """X, op by op."""
     notice(message)
     return x
