@@ -138,6 +138,7 @@ def test_a_batch_of_all_the_data(digits):
 
 def test_a_long_run_is_many_short_calls(digits, monkeypatch):
     """Of 10 steps between evaluations at most 3 at once, and what is done is told before."""
+    expected = run(digits, steps=14, evaluate_every=10)
     monkeypatch.setattr("bn_jax.train.loop.steps_per_call", lambda *_: 3)
     # A clock by which each call takes a second.
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
@@ -152,7 +153,6 @@ def test_a_long_run_is_many_short_calls(digits, monkeypatch):
     ]
     # 5 calls of 2 steps of 20 examples, then 2.
     assert [e.examples_per_second for _, e in got] == [0, 40, 40]
-    expected = run(digits, steps=14, evaluate_every=10)
     for (state, evaluation), (other, whole) in zip(got, expected, strict=True):
         for x, y in zip(leaves(state), leaves(other), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
