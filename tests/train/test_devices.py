@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from bn_jax.data import Dataset
-from bn_jax.train import placement
+from bn_jax.train import loop, placement
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
@@ -71,6 +71,14 @@ def test_each_device_holds_its_share(digits):
     labels = mesh.examples(np.ones(10, np.int32), filler=-1)
     assert labels.sharding.spec == PartitionSpec("data")
     assert np.asarray(labels).tolist() == [1] * 10 + [-1] * 6
+
+
+def test_what_fills_up_the_mesh_is_not_counted(digits, monkeypatch):
+    """Of 9 test images on 8 devices, 7 are none: no label is right for them."""
+    monkeypatch.setattr(loop, "count_right", lambda *args: jnp.sum(args[-1] >= 0))
+    few = digits._replace(test_images=digits.test_images[:9], test_labels=digits.test_labels[:9])
+    _, (evaluation,) = run(few, steps=0)
+    assert evaluation.test_accuracy == 1
 
 
 def test_each_device_computes_its_share(digits):
