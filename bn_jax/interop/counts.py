@@ -3,7 +3,7 @@
 Three instances: torch counts them, haiku divides by 1 - decayᵗ, keras keeps no count. A count of 0
 says "new" to `DebiasedEma` and `CumulativeAverage`, which let the first batch replace the
 statistics. So statistics that somebody loaded, and whose count is unknown or 0, count as
-`LONG_SEEN`.
+`bn_jax.core.averages.LOADED`.
 """
 
 from typing import Any
@@ -11,10 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bn_jax.core.averages import LOADED
 from bn_jax.interop.checks import read_array, refusal, some
-
-LONG_SEEN = 100_000
-"""So many that averages of decay 0.9999 and less keep their decay's share of the past."""
 
 
 def read_count(key: str, value: Any) -> np.ndarray:
@@ -62,7 +60,7 @@ def read_one_count(key: str, value: Any) -> int:
 
 
 def long_seen(count: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """One count per feature, where loaded statistics whose count is 0 get `LONG_SEEN`.
+    """One count per feature, where loaded statistics whose count is 0 get `LOADED`.
 
     Loaded is what a new layer has not: a mean other than 0, a variance other than 1 or, as haiku
     starts, 0. One count for all features is 0 for all or for none; of one count per feature, each
@@ -75,16 +73,16 @@ def long_seen(count: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarra
 
     >>> var = np.array([1.0, 4.0])
     >>> long_seen(np.array(0), np.zeros(2), var).tolist()
-    [100000, 100000]
+    [1000, 1000]
     >>> long_seen(np.array([0, 0]), np.zeros(2), var).tolist()
-    [0, 100000]
+    [0, 1000]
     >>> long_seen(np.array(7), np.zeros(2), var).tolist()
     [7, 7]
     """
     loaded = (mean != 0) | ((var != 1) & (var != 0))
     if count.ndim == 0:
         loaded = np.full(mean.shape, loaded.any())
-    return np.where((count == 0) & loaded, np.int32(LONG_SEEN), count).astype(np.int32)
+    return np.where((count == 0) & loaded, np.int32(LOADED), count).astype(np.int32)
 
 
 def one_count(count: np.ndarray, given: int | None = None) -> int:

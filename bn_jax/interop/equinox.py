@@ -24,10 +24,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from bn_jax.core.averages import BatchNormState, DebiasedEma, check_decay
+from bn_jax.core.averages import LOADED, BatchNormState, DebiasedEma, check_decay
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.interop.checks import read_array, refusal
-from bn_jax.interop.counts import LONG_SEEN, one_count, read_one_count
+from bn_jax.interop.counts import one_count, read_one_count
 from bn_jax.interop.settings import (
     Settings,
     as_settings,
@@ -67,7 +67,7 @@ def from_equinox(
     layer: Any,
     state: Any,
     *,
-    count: int = LONG_SEEN,
+    count: int = LOADED,
     mend: bool = False,
     values_per_feature: float | None = None,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
@@ -154,7 +154,7 @@ def to_equinox(
             must fit. equinox has both of weight and bias or neither: None becomes 1 or 0.
         layer_state: the `equinox.nn.State` of the model; used up, as by a call of the model.
         count: of batches, where the state's differs between features, or is 0 although there are
-            statistics, which then count as long seen (`bn_jax.interop.counts.LONG_SEEN`).
+            statistics, which then count as long seen (`bn_jax.core.averages.LOADED`).
         values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which
             equinox goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
 

@@ -51,7 +51,7 @@ def from_flax(
         count: how many batches were seen; None for `count` in the variables, which our layers keep
             if they have an average, or else 0. It matters for an average that depends on it, such
             as `DebiasedEma`. 0 is unknown: statistics that are not those of a new layer then count
-            as long seen (`bn_jax.interop.counts.LONG_SEEN`).
+            as long seen (`bn_jax.core.averages.LOADED`).
         values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
             core's convention; None copies flax's own. See `bn_jax.interop.settings`.
 

@@ -140,7 +140,7 @@ def to_haiku(
         ndim: of the data it will see, whose rank its values have: 2 for [batch, features].
         axis: of the features in these data; 1 for data_format="channels_first".
         count: of batches, where the state's differs between features, or is 0 although there are
-            statistics, which then count as long seen (`bn_jax.interop.counts.LONG_SEEN`).
+            statistics, which then count as long seen (`bn_jax.core.averages.LOADED`).
         values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which haiku
             goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
 

@@ -50,7 +50,7 @@ def from_keras(
         epsilon: likewise.
         count: how many batches were seen, which keras does not keep. It matters for an average that
             depends on it, such as `DebiasedEma`. 0 is unknown: statistics that are not those of a
-            new layer then count as long seen (`bn_jax.interop.counts.LONG_SEEN`).
+            new layer then count as long seen (`bn_jax.core.averages.LOADED`).
         values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
             core's convention; None copies keras' own. See `bn_jax.interop.settings`.
 

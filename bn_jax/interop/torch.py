@@ -56,7 +56,7 @@ def from_torch(
         count: where `num_batches_tracked` is absent, as in files older than torch 0.4.1. It matters
             for an average that depends on it, such as momentum=None. If either is 0, statistics
             that are not those of a new layer count as long seen
-            (`bn_jax.interop.counts.LONG_SEEN`), so that the first batch does not replace them.
+            (`bn_jax.core.averages.LOADED`), so that the first batch does not replace them.
 
     Returns:
         (params, state, settings): scale or bias are None where weight or bias are absent; the

@@ -31,7 +31,7 @@ def read_layer(
         values: `mean`, `var`, and where they exist `scale`, `bias`.
         keys: what each is called in the checkpoint, for messages; of `count` too.
         count: how many batches, one number or one per feature. Statistics that are not those of a
-            new layer get `LONG_SEEN` for 0.
+            new layer get `LOADED` for 0.
         vector: all must be of shape [features]; otherwise any shape that they share.
 
     Raises:

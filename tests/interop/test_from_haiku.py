@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.interop.counts import LONG_SEEN
+from bn_jax.core.averages import LOADED
 from bn_jax.interop.haiku import from_haiku, to_haiku
 from tests.interop.follow import (
     FEATURES,
@@ -88,7 +88,7 @@ def test_statistics_of_unknown_age_are_old():
     """haiku divides by 1 - decayᵗ, and would forget what has no count."""
     params, state = ours(0)
     _, memory, _ = to_haiku(params, state, SETTINGS, ndim=2)
-    assert memory["batch_norm/~/mean_ema"]["counter"] == LONG_SEEN
+    assert memory["batch_norm/~/mean_ema"]["counter"] == LOADED
     assert_same(memory["batch_norm/~/mean_ema"]["hidden"][0], state.mean)
     _, memory, _ = to_haiku(params, state, SETTINGS, ndim=2, count=2)
     assert memory["batch_norm/~/mean_ema"]["counter"] == 2

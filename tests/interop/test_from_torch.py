@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.interop.counts import LONG_SEEN
+from bn_jax.core.averages import LOADED
 from bn_jax.interop.torch import average_of, from_torch, to_torch
 from tests.interop.follow import FEATURES, assert_same, batches, follow, targets, vectors
 
@@ -52,7 +52,7 @@ def test_a_layer_of_a_whole_model_is_named():
 
 def test_without_a_count_it_is_the_one_given():
     theirs = state_dict(tracked=None)
-    assert from_torch(theirs)[1].count.tolist() == [LONG_SEEN] * FEATURES
+    assert from_torch(theirs)[1].count.tolist() == [LOADED] * FEATURES
     assert from_torch(theirs, count=7)[1].count.tolist() == [7] * FEATURES
 
 
