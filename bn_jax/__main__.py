@@ -1,6 +1,6 @@
 """`python -m bn_jax`: the command line."""
 
-from bn_jax.cli import main
+from bn_jax.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

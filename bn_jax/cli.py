@@ -23,6 +23,8 @@ try:
     from rich.console import Console
     from rich.markup import escape
 except ModuleNotFoundError as error:
+    if sys.argv[1:] == ["--version"]:
+        raise SystemExit(f"bn-jax {importlib.metadata.version('bn-jax')}") from error
     raise SystemExit(
         f"bn-jax needs {error.name}; install it from the checkout with: pip install -e '.[train]'"
     ) from error
@@ -263,5 +265,21 @@ def main() -> None:
         sys.exit(130)
 
 
+def program() -> None:
+    """`main` as a process of its own.
+
+    An interrupted one ends without Python's teardown: XLA's threads may still be compiling, and
+    would crash the process (status -11 instead of 130) when what they use is gone.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code != 130:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
 if __name__ == "__main__":
-    main()
+    program()

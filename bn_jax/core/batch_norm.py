@@ -121,7 +121,7 @@ def batch_norm(
         empty or fully masked, or its moments are not finite.
 
     Raises:
-        TypeError: x is not inexact, train is traced or no bool, where is neither bool nor float,
+        TypeError: x is not inexact, train is traced or no bool, where is no mask and no weights,
             params or state is of another kind, average is no function, group_size no integer.
         ValueError: a shape does not fit x; epsilon is negative; axis_index_groups do not hold each
             index of the axis once; group_size is not positive; training with one value per

@@ -67,7 +67,7 @@ def measure(
         Moments of the features' shape, in at least float32.
 
     Raises:
-        TypeError: x is not inexact, or where is neither bool nor float.
+        TypeError: x is not inexact, or where is neither bool, integer nor float.
         ValueError: an axis or the shape of where does not fit x.
 
     >>> import jax.numpy as jnp

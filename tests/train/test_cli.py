@@ -122,7 +122,7 @@ def test_evaluate_says_what_the_summary_says(run, summary, start, finish):
 
 def test_the_console_script_is_this_command_line():
     (script,) = entry_points(group="console_scripts", name="bn-jax")
-    assert script.value == "bn_jax.cli:main"
+    assert script.value == "bn_jax.cli:program"
 
 
 @pytest.fixture(scope="module")
