@@ -219,13 +219,14 @@ class BatchNorm(nnx.BatchNorm):
         params = BatchNormParams(scale, bias)
         x, result = promote(x, params, self.dtype)
         seen = batches_seen(None if self.count is None else self.count[...], mean)
+        momentum = self.momentum[...] if isinstance(self.momentum, nnx.Variable) else self.momentum
         y, state = batch_norm_noticing(
             warn,
             x,
             params,
             BatchNormState(mean, var, seen),
             train=not evaluate,
-            average=flax_average(self.momentum) if self.average is None else self.average,
+            average=flax_average(momentum) if self.average is None else self.average,
             epsilon=self.epsilon,
             feature_axis=axes,
             where=read_mask(mask, x, axes),

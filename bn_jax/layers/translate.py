@@ -11,7 +11,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -65,12 +64,11 @@ def batches_seen(count: Array | None, mean: Array) -> Array:
 
 
 def flax_average(momentum: Any) -> Average:
-    """Flax's moving average, whose momentum may be a variable, traced, or one value per feature.
+    """Flax's moving average, whose momentum may be traced, or one value per feature.
 
     >>> flax_average(0.9)
     Ema(decay=0.9)
     """
-    momentum = momentum[...] if isinstance(momentum, nnx.Variable) else momentum
     return PerFeature(momentum) if np.ndim(momentum) else Ema(momentum)
 
 

@@ -23,13 +23,16 @@ EXCEPTIONS: dict[str, str] = {}
 """Tests that fail with our layers, by the end of their ids, and why that is right. Strict: one that
 passes is a failure."""
 
-for module in flax.linen, flax.linen.normalization:
-    module.BatchNorm = bn_jax.layers.linen.BatchNorm
-for module in flax.nnx, flax.nnx.nn.normalization:
-    module.BatchNorm = bn_jax.layers.nnx.BatchNorm
-if importlib.util.find_spec("cloudpickle") is None:  # which one test of a file needs
-    sys.modules["cloudpickle"] = missing = types.ModuleType("cloudpickle")
-    missing.dump = lambda *_: pytest.skip("cloudpickle is not installed")
+
+def pytest_configure(config):
+    """Put ours in: only as a plugin, since pytest imports every file of tests to find doctests."""
+    for module in flax.linen, flax.linen.normalization:
+        module.BatchNorm = bn_jax.layers.linen.BatchNorm
+    for module in flax.nnx, flax.nnx.nn.normalization:
+        module.BatchNorm = bn_jax.layers.nnx.BatchNorm
+    if importlib.util.find_spec("cloudpickle") is None:  # which one test of a file needs
+        sys.modules["cloudpickle"] = missing = types.ModuleType("cloudpickle")
+        missing.dump = lambda *_: pytest.skip("cloudpickle is not installed")
 
 
 def touching(source):

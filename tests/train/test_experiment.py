@@ -62,18 +62,18 @@ ALL_FLAGS = [
     },
     {
         "model": "tower",
-        "norm": "none",
+        "norm": "batch",
         "filters": 2,
         "blocks": 1,
         "optimizer": "adam",
         "schedule": "exponential",
         "average": "cumulative",
-        "activation": "relu",
         "binarization": "threshold",
         "learning_rate": 0.01,
         "epsilon": 0.001,
         "seed": 3,
     },
+    {"model": "mlp", "norm": "none", "hidden": (8,), "activation": "relu"},
 ]
 
 
@@ -107,14 +107,14 @@ def flags(options):
     [
         pytest.param(
             options,
-            id=options["model"],
+            id=f"{options['model']}-{options['norm']}",
             marks=[] if options["model"] == "mlp" else pytest.mark.slow,
         )
         for options in ALL_FLAGS
     ],
 )
 def test_every_flag(options, tmp_path, main):
-    options = {"hidden": (8,), "batch_size": 20, "steps": 2, "evaluate_every": 2} | options
+    options = {"batch_size": 20, "steps": 2, "evaluate_every": 2} | options
     options |= {"checkpoint_every": 2, "run_dir": tmp_path / "run", "data_dir": tmp_path}
     device = jax.config.jax_default_device
     assert main("train", *flags(options)) == 0
