@@ -801,7 +801,7 @@ MUTATIONS = [
     Mutation(
         "fold in half precision",
         "fold.py",
-        "np.promote_types(*map(statistics_dtype, (kernel.dtype, mean.dtype)))",
+        "functools.reduce(np.promote_types, map(statistics_dtype, dtypes))",
         "kernel.dtype",
         "fold",
     ),
