@@ -25,7 +25,12 @@ passes is a failure."""
 
 
 def pytest_configure(config):
-    """Put ours in: only as a plugin, since pytest imports every file of tests to find doctests."""
+    """Put ours in: not at import, since pytest imports every file of tests to find doctests."""
+    put_ours_in()
+
+
+def put_ours_in():
+    """Our layers under flax's names."""
     for module in flax.linen, flax.linen.normalization:
         module.BatchNorm = bn_jax.layers.linen.BatchNorm
     for module in flax.nnx, flax.nnx.nn.normalization:
