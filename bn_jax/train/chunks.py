@@ -30,8 +30,11 @@ def steps_per_call(train_step: TrainStep, state: TrainState, images: np.ndarray)
     (device, *_) = state.step.devices()
     labels = np.zeros(len(images), np.int32)
     lowered = jax.jit(train_step).lower(jax.eval_shape(lambda: state), images, labels)
-    costs: Any = lowered.cost_analysis()
-    most = OPERATIONS.get(device.platform, OPERATIONS_ELSEWHERE) / costs["flops"]
+    costs: Any = lowered.cost_analysis() or {}  # not every backend counts
+    operations = costs.get("flops", 0)
+    if operations <= 0:
+        return STEPS
+    most = OPERATIONS.get(device.platform, OPERATIONS_ELSEWHERE) / operations
     return int(min(max(most, 1), STEPS))
 
 

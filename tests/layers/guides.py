@@ -14,6 +14,8 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import flax.linen
+
 RST = re.compile(
     r"^( *)\.\. (testsetup|testcode|code-block:: python|codediff)\b.*\n((?:\1 +.*\n|[ \t]*\n)*)",
     re.MULTILINE,
@@ -61,7 +63,8 @@ def main(ours, out, *guides):
             code = [tabs[min(tab, len(tabs) - 1)] for tabs in found]
             if any("BatchNorm(" in block for block in code):
                 results[f"{guide} {tab}"] = run(guide, code)
-    Path(out).write_text(json.dumps(results))
+    tested = flax.linen.BatchNorm.__module__
+    Path(out).write_text(json.dumps({"tested": tested, "results": results}))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def test_its_guides(folder, tmp_path):
         script = HERE / "guides.py"
         run = python(script, ours, tmp_path / "out", *pages, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
         assert run.returncode == 0, run.stderr[-2000:]
-        return json.loads((tmp_path / "out").read_text())
+        said = json.loads((tmp_path / "out").read_text())
+        assert said["tested"].startswith("bn_jax" if ours else "flax")
+        return said["results"]
 
     ours = results(1, pages)
     some_failed = {name.split()[0] for name, result in ours.items() if result["failed"]}
