@@ -26,5 +26,6 @@ from bn_jax.core.normalize import BatchNormParams as BatchNormParams
 from bn_jax.core.normalize import as_affine as as_affine
 from bn_jax.core.normalize import normalize as normalize
 from bn_jax.core.pool_states import pool_states as pool_states
+from bn_jax.core.population import population as population
 
 __version__ = "0.1.0"
