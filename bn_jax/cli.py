@@ -68,7 +68,7 @@ def train(
     with stdout.status("loading JAX"):
         from bn_jax.train.company import run_in_company
         from bn_jax.train.device import choose_device, split_cpu
-        from bn_jax.train.experiment import Interrupted, run_experiment
+        from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 
         if launch.is_alone:
             split_cpu(config.devices)
@@ -83,6 +83,9 @@ def train(
     except Interrupted as stop:
         stderr.print(f"[yellow]{escape(str(stop))}[/yellow]", soft_wrap=True)
         raise SystemExit(130) from None
+    except Diverged as end:
+        stderr.print(f"[red]error:[/red] {escape(str(end))}", soft_wrap=True)
+        raise SystemExit(1) from None
 
 
 def evaluate(

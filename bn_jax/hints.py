@@ -28,6 +28,7 @@ OTHER_NAMES = {
     "--optimizer adam": "adam",
     "--schedule": "scheduler lr-schedule lr-scheduler learning-rate-schedule lr-decay",
     "--weight-decay": "wd l2",
+    "--max-bad-steps": "max-consecutive-errors skip-nonfinite",
     "--seed": "random-seed random-state rng key",
     "--dataset": "data",
     "--data-dir": "data-path data-folder data-root root",

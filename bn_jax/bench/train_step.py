@@ -44,6 +44,7 @@ from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.chunks import split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk
+from bn_jax.train.progress import begin
 from bn_jax.train.step import init_state, make_train_step
 
 Model = Literal["mlp", "cnn", "tower"]
@@ -74,10 +75,11 @@ def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], obje
     def run() -> None:
         nonlocal state
         for size in sizes:
-            state, loss = run_chunk(
-                train_step, state, images, labels, steps=size, batch_size=config.batch_size
+            progress, finite = run_chunk(
+                train_step, begin(state), images, labels, steps=size, batch_size=config.batch_size
             )
-            jax.block_until_ready((state, loss))
+            jax.block_until_ready((progress, finite))
+            state = progress.state
 
     return run
 

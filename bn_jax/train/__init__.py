@@ -1,7 +1,8 @@
 """The MNIST application: the paper's networks, trained with batch norm and without.
 
 Read `config` (what can be chosen), `models`, `step` (one page: the state and a training step),
-`loop` (steps under `lax.scan`, evaluations between) and `experiment` (the arms, the run folder).
+`progress` (what becomes of a step that is not finite), `loop` (steps under `lax.scan`, evaluations
+between) and `experiment` (the arms, the run folder).
 Then, for what does not fit one pass, device or process: `micro_batches`, `placement` (a mesh), and
 `company` (a run in several processes, which `launch` brings together).
 """

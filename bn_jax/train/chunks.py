@@ -4,6 +4,7 @@ The sizes depend on the network and the kind of device alone, not on measured ti
 processes must make the same calls, and a run must be the same tomorrow.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -44,3 +45,13 @@ def split(steps: int, most: int) -> list[int]:
     calls = next((n for n in range(least, 2 * least) if steps % n == 0), least)
     size, rest = divmod(steps, calls)
     return [size + 1] * rest + [size] * (calls - rest)
+
+
+def next_call(step: int, steps: int, every: int, most: int) -> int:
+    """How many steps to take next, such that an evaluation can follow after every so many.
+
+    A function of the step alone: a run that is resumed makes the same calls.
+    """
+    start = step - step % every
+    ends = itertools.accumulate(split(min(every, steps - start), most), initial=start)
+    return next(end for end in ends if end > step) - step

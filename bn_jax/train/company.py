@@ -19,7 +19,7 @@ from rich.console import Console
 from bn_jax.train import witness
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.device import choose_device, split_cpu
-from bn_jax.train.experiment import Interrupted, run_experiment
+from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.launch import Launch, join
 from bn_jax.train.processes import is_first, loss_of_company
 
@@ -43,6 +43,9 @@ def run_in_company(config: TrainConfig, launch: Launch, console: Console) -> Non
             jax.distributed.shutdown()
         except Interrupted as stop:
             company.leave(f"{stop}\n" if is_first() else "", 130)
+        except Diverged as end:
+            jax.distributed.shutdown()  # which waits until all have come here
+            company.leave(f"error: {end}\n" if is_first() else "", 1)
         except KeyboardInterrupt:
             company.leave("stopped\n" if launch.process_id in (0, None) else "", 130)
         except Exception as error:

@@ -54,6 +54,7 @@ class TrainConfig(
             "filters",
             "batch_size",
             "micro_batches",
+            "max_bad_steps",
             "evaluate_every",
             "checkpoint_every",
         ):

@@ -60,18 +60,22 @@ def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
     what = f"{config.dataset}, {config.model}: {config.steps:,} steps of {config.batch_size}"
     table = Table(title=f"Test accuracy on {what}", title_justify="left")
     table.add_column("", no_wrap=True)
-    headings = ["accuracy", *(f"steps to {level:.2f}" for level in LEVELS), "steps/s"]
+    any_bad = any(row["bad_steps"] for row in summary["arms"].values())
+    levels = [f"steps to {level:.2f}" for level in LEVELS]
+    headings = ["accuracy", *["bad steps"] * any_bad, *levels, "steps/s"]
     for heading in headings:
         table.add_column(heading, justify="right", min_width=8)
     for arm, row in summary["arms"].items():
         steps = [f"{n:,}" if n else "–" for n in row["steps_to"].values()]
         rate = row["examples_per_second"]
         speed = f"{rate / config.batch_size:,.0f}" if rate else "–"
-        table.add_row(TITLES[arm], f"{row['final_test_accuracy']:.4f}", *steps, speed)
+        accuracy = "diverged" if row["diverged"] else f"{row['final_test_accuracy']:.4f}"
+        bad = [f"{row['bad_steps']:,}"] if any_bad else []
+        table.add_row(TITLES[arm], accuracy, *bad, *steps, speed)
     ratios = summary.get("steps_without_over_with")
     if ratios:
         ratio = [f"{r:.1f}×" if r else "–" for r in ratios.values()]
-        table.add_row("without ÷ with", "", *ratio, "", style="dim")
+        table.add_row("without ÷ with", "", *[""] * any_bad, *ratio, "", style="dim")
     return table
 
 

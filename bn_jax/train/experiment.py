@@ -36,6 +36,10 @@ class Interrupted(Exception):
     """The user stopped the run; the message says what is kept."""
 
 
+class Diverged(Exception):
+    """An arm has come to its end too early; the message says where and what to do."""
+
+
 def run_experiment(
     config: TrainConfig, console: Console, started: Callable[[RunFolder], None] = lambda _: None
 ) -> RunFolder:
@@ -51,6 +55,7 @@ def run_experiment(
         ValueError: the batch is larger than the data, the run folder is taken, or processes were
             started with different settings.
         Interrupted: by Ctrl-C; the last checkpoint stays good and is named.
+        Diverged: an arm has; the other has been trained, and all is shown and written.
     """
     if jax.process_count() > 1:
         if config.devices is None:
@@ -77,6 +82,13 @@ def run_experiment(
     console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
     again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
     console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
+    ends = {TITLES[arm]: evaluations[-1] for arm, evaluations in arms.items()}
+    if diverged := [f"{arm} at step {end.step:,}" for arm, end in ends.items() if end.diverged]:
+        raise Diverged(
+            f"diverged: {' and '.join(diverged)}, after {config.max_bad_steps} steps in a row "
+            "whose loss or gradients were not finite; the parameters from before these are kept. "
+            "A smaller --learning-rate may help"
+        )
     return folder
 
 
@@ -103,7 +115,7 @@ def run_arms(
                 )
 
             arms[arm] = run_arm(config, arm, data, folder, show, watch)
-            progress.update(tasks[arm], completed=config.steps, activity=None)
+            progress.update(tasks[arm], completed=arms[arm][-1].step, activity=None)
     return arms
 
 
@@ -119,13 +131,15 @@ def run_arm(
     evaluations, saved = [], 0
     model, optimizer = build_model(config, arm), build_optimizer(config)
     with Checkpoints(folder.checkpoints(arm)) as checkpoints:
-        for state, evaluation in train(config, model, optimizer, data, watch):
+        for progress, evaluation in train(config, model, optimizer, data, watch):
+            if evaluation is None:
+                continue
             evaluations.append(evaluation)
             folder.append("metrics.jsonl", metrics_line(arm, evaluation))
             show(evaluation)
             due = evaluation.step >= saved + config.checkpoint_every
-            if due or evaluation.step == config.steps:
-                checkpoints.save(state)
+            if due or evaluation.step == config.steps or evaluation.diverged:
+                checkpoints.save(progress.state)
                 saved = evaluation.step
     return evaluations
 

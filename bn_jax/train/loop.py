@@ -7,24 +7,23 @@ from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Bool
 
 from bn_jax.data import Dataset
 from bn_jax.train.batches import batch_indices
 from bn_jax.train.build import build_average
-from bn_jax.train.chunks import split, steps_per_call
+from bn_jax.train.chunks import next_call, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.micro_batches import accumulate
 from bn_jax.train.placement import ONE_DEVICE, Placement, make_placement
+from bn_jax.train.progress import Progress, Take, begin, careful, is_finite, trusting
 from bn_jax.train.step import (
     Gradients,
     Images,
     Labels,
-    TrainState,
     TrainStep,
     count_right,
     in_chunks,
@@ -39,27 +38,33 @@ Watch = Callable[[Activity, int], None]
 
 
 class Evaluation(NamedTuple):
-    """What is known after the steps between two evaluations.
+    """What is known of one seed after the steps between two evaluations.
 
     Attributes:
         step: steps taken so far.
         train_loss: mean over the batches since the last evaluation; NaN at step 0.
         test_accuracy: of all test images.
         examples_per_second: of the training since then, without compilation and evaluation.
+        bad_steps: steps since then that were undone, as they were not finite.
+        diverged: whether too many of them came in a row, so that training has ended.
+        seed: of the run.
     """
 
     step: int
     train_loss: float
     test_accuracy: float
     examples_per_second: float
+    bad_steps: int = 0
+    diverged: bool = False
+    seed: int = 0
 
 
 @functools.partial(
-    jax.jit, static_argnames=("train_step", "steps", "batch_size", "examples", "placement")
+    jax.jit, static_argnames=("train_step", "steps", "batch_size", "examples", "placement", "take")
 )
 def run_chunk(
     train_step: TrainStep,
-    state: TrainState,
+    progress: Progress,
     images: Images,
     labels: Labels,
     *,
@@ -67,30 +72,32 @@ def run_chunk(
     batch_size: int,
     examples: int | None = None,
     placement: Placement = ONE_DEVICE,
-) -> tuple[TrainState, Float[Array, ""]]:
-    """Take some steps; the mean of their losses comes with the new state.
+    take: Take = trusting,
+) -> tuple[Progress, Bool[Array, ""]]:
+    """Take some steps; whether all came out finite comes with the new progress.
 
     Args:
         train_step: takes one.
-        state: to start from.
+        progress: to start from.
         images: of all training examples, perhaps with a few more at the end that fill up the mesh.
         labels: theirs.
         steps: how many.
         batch_size: of each.
         examples: how many of the images are some; None for all.
         placement: over which each batch is spread.
+        take: what becomes of a step that is not finite.
     """
 
-    def body(state: TrainState, rows: Array) -> tuple[TrainState, Array]:
+    def body(progress: Progress, rows: Array) -> tuple[Progress, None]:
         # Replicated first: of rows that lie anywhere, XLA then makes one message, not two.
         batch = placement.replicate((images[rows], labels[rows]))
-        state, loss = train_step(state, *placement.spread(batch))
-        return placement.replicate(state), loss
+        return placement.replicate(take(train_step, progress, *placement.spread(batch))), None
 
+    state = progress.state
     rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
     # Two steps per iteration: what the loop carries is then copied half as often.
-    state, losses = lax.scan(body, state, placement.replicate(rows), unroll=2)
-    return state, jnp.mean(losses)
+    progress, _ = lax.scan(body, progress, placement.replicate(rows), unroll=2)
+    return progress, is_finite(progress)
 
 
 def train(
@@ -99,14 +106,26 @@ def train(
     optimizer: optax.GradientTransformation,
     data: Dataset,
     watch: Watch = lambda *_: None,
-) -> Iterator[tuple[TrainState, Evaluation]]:
-    """Train, and yield the state and its evaluation at step 0 and every so many steps.
+    resumed: Progress | None = None,
+) -> Iterator[tuple[Progress, Evaluation | None]]:
+    """Train, and yield after each compiled call, from time to time with an evaluation.
+
+    The first is at step 0, the last at the end: after the last step, or where it has diverged.
+
+    Args:
+        config: of the run.
+        model: its network.
+        optimizer: its optimizer.
+        data: to train and to test on.
+        watch: is told what is done.
+        resumed: to go on from; None starts.
 
     Raises:
         ValueError: a batch is larger than the data, or the devices are not there.
     """
     check_batch_size(config, data)
-    watch("compiling", 0)
+    step = resumed.step if resumed else 0
+    watch("compiling", step)
     placement, examples = make_placement(config.devices), len(data.train_images)
     images = placement.examples(data.train_images)
     labels = placement.examples(data.train_labels.astype(np.int32))
@@ -116,39 +135,61 @@ def train(
         for images, labels in in_chunks(data.test_images, data.test_labels)
     ]
     first = data.train_images[: config.batch_size]
-    state = placement.everywhere(init_state(model, optimizer, first, config.seed))
     gradients = build_gradients(config, placement)
     train_step = make_train_step(model, optimizer, config.binarization, gradients)
+    takes = {False: trusting, True: careful(config.max_bad_steps)}
     right = jax.jit(functools.partial(count_right, model, config.binarization))
 
-    def evaluate(state: TrainState) -> float:
-        return sum(int(right(state, *chunk)) for chunk in test) / len(data.test_images)
+    def evaluate(progress: Progress, rate: float) -> Evaluation:
+        score = sum(int(right(progress.state, *chunk)) for chunk in test) / len(data.test_images)
+        return Evaluation(
+            progress.step,
+            float(progress.loss) / (int(progress.good) or float("nan")),
+            score,
+            rate,
+            int(progress.bad),
+            bool(progress.diverged(config.max_bad_steps)),
+            config.seed,
+        )
 
     @functools.cache
-    def compiled(steps: int) -> jax.stages.Compiled:
+    def compiled(steps: int, with_care: bool) -> jax.stages.Compiled:
         """A call of some steps, compiled ahead so that its first run is timed like any other."""
         watch("compiling", step)
         sizes = {"steps": steps, "batch_size": config.batch_size, "examples": examples}
-        lowered = run_chunk.lower(train_step, state, images, labels, **sizes, placement=placement)
-        return lowered.compile()
+        options = {"placement": placement, "take": takes[with_care]}
+        return run_chunk.lower(train_step, progress, images, labels, **sizes, **options).compile()
 
-    step = 0
-    yield state, Evaluation(0, float("nan"), evaluate(state), 0.0)
-    most = steps_per_call(make_train_step(model, optimizer, config.binarization), state, first)
-    while step < config.steps:
-        steps = min(config.evaluate_every, config.steps - step)
-        losses = seconds = 0.0
-        for size in split(steps, most):
-            chunk = compiled(size)
-            watch("training", step)
-            begun = time.perf_counter()
-            state, loss = jax.block_until_ready(chunk(state, images, labels))
-            seconds += time.perf_counter() - begun
-            losses += size * float(loss)
-            step += size
+    def call(steps: int, with_care: bool) -> tuple[Progress, bool, float]:
+        """Take some steps; whether they are finite, and the seconds that they took."""
+        chunk = compiled(steps, with_care)
+        watch("training", step)
+        begun = time.perf_counter()
+        after, finite = jax.block_until_ready(chunk(progress, images, labels))
+        return after, bool(finite), time.perf_counter() - begun
+
+    new = begin(init_state(model, optimizer, first, config.seed)) if resumed is None else resumed
+    progress: Progress = placement.everywhere(new)
+    if resumed is None:
+        yield progress, evaluate(progress, 0.0)
+    plain = make_train_step(model, optimizer, config.binarization)
+    most = steps_per_call(plain, progress.state, first)
+    taken, seconds = 0, 0.0
+    while step < config.steps and not progress.diverged(config.max_bad_steps):
+        size = next_call(step, config.steps, config.evaluate_every, most)
+        after, finite, time_taken = call(size, progress.was_bad)
+        if not finite:
+            after, _, time_taken = call(size, True)
+        progress, step = after, step + size
+        taken, seconds = taken + size, seconds + time_taken
+        over = step == config.steps or progress.diverged(config.max_bad_steps)
+        if step % config.evaluate_every and not over:
+            yield progress, None
+            continue
         watch("evaluating", step)
-        rate = steps * config.batch_size / seconds
-        yield state, Evaluation(step, losses / steps, evaluate(state), rate)
+        evaluation = evaluate(progress, taken * config.batch_size / seconds)
+        progress, taken, seconds = progress.reported(), 0, 0.0
+        yield progress, evaluation
 
 
 def build_gradients(config: TrainConfig, placement: Placement) -> Gradients:

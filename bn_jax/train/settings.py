@@ -95,6 +95,8 @@ class OptimizerSettings:
             Each part is normalized by its own statistics; the running statistics move once per
             step.
         steps: Training steps; 1,000 steps of 60 examples are one epoch.
+        max_bad_steps: A step whose loss or gradients are not finite is undone. After this many in
+            a row, the arm has diverged and ends.
         seed: Seed of the initial weights, the order of examples and the stochastic input.
     """
 
@@ -105,6 +107,7 @@ class OptimizerSettings:
     batch_size: int = 60
     micro_batches: int = 1
     steps: int = 50_000
+    max_bad_steps: int = 100
     seed: int = 0
 
 

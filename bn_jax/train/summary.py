@@ -11,10 +11,15 @@ LEVELS = (0.90, 0.95, 0.97)
 
 
 def summarize_arm(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Final accuracy, first steps at some levels of accuracy, and median speed of one arm."""
+    """Final accuracy, first steps at some levels of accuracy, and median speed of one arm.
+
+    What a diverged arm has is the accuracy of its network before the first of the last bad steps.
+    """
     rates = [e.examples_per_second for e in evaluations if e.step > 0]
     return {
         "steps": evaluations[-1].step,
+        "diverged": evaluations[-1].diverged,
+        "bad_steps": sum(e.bad_steps for e in evaluations),
         "final_test_accuracy": evaluations[-1].test_accuracy,
         "best_test_accuracy": max(e.test_accuracy for e in evaluations),
         "steps_to": {f"{level:.2f}": first_step(evaluations, level) for level in LEVELS},

@@ -15,6 +15,7 @@ from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk
+from bn_jax.train.progress import begin
 from bn_jax.train.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -68,7 +69,7 @@ def test_a_state_is_all_that_is_needed_to_go_on(arm, options, tmp_path, digits):
     data = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels, jnp.int32)
 
     def go_on(state):
-        return run_chunk(step, state, *data, steps=7, batch_size=20)[0]
+        return run_chunk(step, begin(state), *data, steps=7, batch_size=20)[0].state
 
     middle = go_on(start(parts))
     save(tmp_path, middle)
@@ -212,6 +213,7 @@ import jax, jax.numpy as jnp, pathlib
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import load_newest
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.progress import begin
 from bn_jax.train.step import init_state
 config = TrainConfig(hidden=(8,), batch_size=20)
 parts = build_model(config, "batch"), build_optimizer(config)

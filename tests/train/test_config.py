@@ -28,6 +28,7 @@ ranges = {
     "micro_batches": st.integers(1, 8),
     "group_size": st.none() | st.integers(2, 64),
     "steps": st.integers(0, 10**9),
+    "max_bad_steps": positive,
     "seed": st.integers(0, 2**32 - 1),
     "evaluate_every": positive,
     "checkpoint_every": positive,
@@ -81,7 +82,9 @@ OUT_OF_RANGE = [
     *((name, "other", "must be one of") for name in choices),
     *(
         (n, 0, "a positive")
-        for n in ("filters", "batch_size", "evaluate_every", "checkpoint_every")
+        for n in (
+            *("filters", "batch_size", "evaluate_every", "checkpoint_every", "max_bad_steps"),
+        )
     ),
     ("filters", 1.0, "a positive integer"),
     ("batch_size", -60, "a positive integer"),

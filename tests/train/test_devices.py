@@ -17,6 +17,7 @@ from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.placement import ONE_DEVICE, make_placement
+from bn_jax.train.progress import begin
 from bn_jax.train.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -29,8 +30,8 @@ def run(data, **options):
     """The last state, and all evaluations."""
     config = TrainConfig(**SMALL | {"batch_size": 24, "devices": 8} | options)
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    states, evaluations = zip(*train(config, model, optimizer, data), strict=True)
-    return states[-1], evaluations
+    calls, evaluations = zip(*train(config, model, optimizer, data), strict=True)
+    return calls[-1].state, evaluations
 
 
 def leaves(state):
@@ -91,7 +92,7 @@ def test_each_device_computes_its_share(digits):
     state = mesh.everywhere(init_state(model, optimizer, jnp.zeros((2, 28, 28)), 0))
     step = make_train_step(model, optimizer, "threshold")
     sizes = {"steps": 2, "batch_size": 24, "placement": mesh}
-    text = run_chunk.lower(step, state, images, labels, **sizes).compile().as_text()
+    text = run_chunk.lower(step, begin(state), images, labels, **sizes).compile().as_text()
     products = re.findall(r"f32\[(\d+),100\]\S* dot\(", text)
     assert set(products) >= {"3"}
     assert "24" not in products

@@ -19,6 +19,7 @@ from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import progress_bars
 from bn_jax.train.experiment import Interrupted, evaluate_run, run_experiment
 from bn_jax.train.loop import Evaluation
+from bn_jax.train.progress import begin
 from bn_jax.train.run_folder import RunFolder, RunFolderError
 from bn_jax.train.step import init_state
 
@@ -72,6 +73,7 @@ ALL_FLAGS = [
         "learning_rate": 0.01,
         "epsilon": 0.001,
         "seed": 3,
+        "max_bad_steps": 7,
     },
     {"model": "mlp", "norm": "none", "hidden": (8,), "activation": "relu"},
 ]
@@ -148,7 +150,7 @@ def instant(monkeypatch):
         best = 0.9 if model.normalization else 0.5
         for step in (*range(0, config.steps, config.evaluate_every), config.steps):
             state = start._replace(step=jnp.asarray(step, jnp.int32))
-            yield state, Evaluation(step, 1 / best, best * step / config.steps, 60.0)
+            yield begin(state), Evaluation(step, 1 / best, best * step / config.steps, 60.0)
 
     monkeypatch.setattr(experiment, "train", train)
 

@@ -10,9 +10,10 @@ import pytest
 
 from bn_jax.train.batches import batch_indices
 from bn_jax.train.build import build_model, build_optimizer
-from bn_jax.train.chunks import STEPS, split, steps_per_call
+from bn_jax.train.chunks import STEPS, next_call, split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
+from bn_jax.train.progress import begin, careful, trusting
 from bn_jax.train.step import accuracy, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -24,7 +25,8 @@ CONFIG = TrainConfig(**SMALL)
 def run(data, arm="batch", **options):
     """All (state, evaluation) of a run."""
     config = TrainConfig(**SMALL | {"evaluate_every": 10} | options)
-    return list(train(config, build_model(config, arm), build_optimizer(config), data))
+    calls = train(config, build_model(config, arm), build_optimizer(config), data)
+    return [(progress.state, evaluation) for progress, evaluation in calls if evaluation]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +85,16 @@ def test_a_chunk_is_its_steps_one_by_one(arm, binarization, digits):
     for batch in rows:
         state, loss = step(state, images[batch], labels[batch])
         losses.append(float(loss))
-    chunk, mean_loss = run_chunk(train_step, start, images, labels, steps=15, batch_size=20)
-    assert int(chunk.step) == 15
-    assert float(mean_loss) == pytest.approx(np.mean(losses), rel=1e-5)
-    # Fifteen steps, each of which may round otherwise when compiled otherwise.
-    for got, expected in zip(leaves(chunk), leaves(state), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    for take in (trusting, careful(1)):
+        chunk, finite = run_chunk(
+            train_step, begin(start), images, labels, steps=15, batch_size=20, take=take
+        )
+        assert bool(finite)
+        assert (chunk.step, int(chunk.good), int(chunk.bad)) == (15, 15, 0)
+        assert float(chunk.loss) == pytest.approx(np.sum(losses), rel=1e-5)
+        # Fifteen steps, each of which may round otherwise when compiled otherwise.
+        for got, expected in zip(leaves(chunk.state), leaves(state), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_when_to_evaluate_changes_nothing(in_chunks, in_one_go):
@@ -145,7 +151,9 @@ def test_a_long_run_is_many_short_calls(digits, monkeypatch):
     monkeypatch.setattr("bn_jax.train.loop.time", clock)
     config, told = TrainConfig(**SMALL | {"steps": 14, "evaluate_every": 10}), []
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    got = list(train(config, model, optimizer, digits, lambda *what: told.append(what)))
+    calls = list(train(config, model, optimizer, digits, lambda *what: told.append(what)))
+    assert [progress.step for progress, _ in calls] == [0, 2, 4, 6, 8, 10, 12, 14]
+    got = [(progress.state, evaluation) for progress, evaluation in calls if evaluation]
     assert told == [
         ("compiling", 0),
         *(("compiling", 0), *(("training", step) for step in range(0, 10, 2)), ("evaluating", 10)),
@@ -191,3 +199,15 @@ def test_a_call_has_as_many_steps_as_its_time_allows():
 )
 def test_steps_as_calls_of_few_sizes(steps, most, sizes):
     assert split(steps, most) == sizes
+
+
+@pytest.mark.parametrize(
+    ("every", "most", "ends"),
+    [(10, 4, [*range(2, 21, 2), 23, 25]), (10, 10, [10, 20, 25]), (100, 9, [5, 10, 15, 20, 25])],
+)
+def test_calls_from_any_of_their_ends_on(every, most, ends):
+    """And from elsewhere, as after calls of other sizes: to the next end."""
+    assert [next_call(step, 25, every, most) for step in [0, *ends[:-1]]] == np.diff(
+        [0, *ends]
+    ).tolist()
+    assert next_call(ends[0] - 1, 25, every, most) == 1

@@ -83,7 +83,7 @@ def test_the_run_is_that_of_a_single_process(pair):
     fields = {"norm": "batch", "hidden": (16,), "batch_size": 64, "evaluate_every": 100}
     config = TrainConfig(steps=200, **fields)
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    *_, (state, evaluation) = train(config, model, optimizer, data)
+    *_, ((state, *_), evaluation) = train(config, model, optimizer, data)
     like = jax.eval_shape(lambda: init_state(model, optimizer, data.train_images[:2], 0))
     other = load_newest(folder / "checkpoints" / "batch", like)
     assert (int(other.step), other.key) == (200, state.key)

@@ -24,6 +24,8 @@ def test_an_arm():
     ].values()
     assert arm == {
         "steps": 300,
+        "diverged": False,
+        "bad_steps": 0,
         "final_test_accuracy": 0.96,
         "best_test_accuracy": 0.96,
         "steps_to": {"0.90": 100, "0.95": 200, "0.97": None},
@@ -69,6 +71,9 @@ def test_a_line_of_metrics_is_json_whatever_happened(loss):
         "train_loss": None,
         "test_accuracy": 0.25,
         "examples_per_second": 60.0,
+        "bad_steps": 0,
+        "diverged": False,
+        "seed": 0,
     }
     assert line.endswith("}\n")
     assert line.count("\n") == 1

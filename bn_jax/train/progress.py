@@ -1,0 +1,104 @@
+"""A training state and how its steps went; a step that is not finite leaves no trace in it.
+
+    trusting   takes steps as they come, at no cost; `is_finite` tells afterwards if all were good
+    careful    undoes a bad step, at the cost of another look at every parameter
+
+The loop trusts, and takes the steps of a compiled call again, carefully, where one was bad: values
+that are not finite stay in the parameters or the optimizer's state, so that none is overlooked.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from bn_jax.train.step import Images, Labels, TrainState, TrainStep
+
+
+class Progress(NamedTuple):
+    """All that is needed to go on, and what is to be reported at the next evaluation.
+
+    Where several seeds are trained at once, each array has a leading axis of them.
+
+    Attributes:
+        state: after the last good step.
+        loss: sum of the losses of the good steps since the last evaluation.
+        good: how many steps that were.
+        bad: how many had a loss, a gradient or a parameter that is not finite.
+        in_a_row: bad steps since the last good one, evaluations or not.
+    """
+
+    state: TrainState
+    loss: Float[Array, "*seeds"]
+    good: Int[Array, "*seeds"]
+    bad: Int[Array, "*seeds"]
+    in_a_row: Int[Array, "*seeds"]
+
+    @property
+    def step(self) -> int:
+        """Steps taken, by the seed that has come furthest."""
+        return int(np.max(self.state.step))
+
+    @property
+    def was_bad(self) -> bool:
+        """Whether a step was bad, since the last evaluation or right before it."""
+        return bool(np.any(self.bad) or np.any(self.in_a_row))
+
+    def diverged(self, limit: int) -> np.ndarray:
+        """Which seeds have taken so many bad steps in a row, and take no more."""
+        return np.asarray(self.in_a_row) >= limit
+
+    def reported(self) -> "Progress":
+        """The same after an evaluation."""
+        return self._replace(**{n: 0 * getattr(self, n) for n in ("loss", "good", "bad")})
+
+
+Take = Callable[[TrainStep, Progress, Images, Labels], Progress]
+"""How to take a step."""
+
+
+def begin(state: TrainState) -> Progress:
+    """Before the first step."""
+    zero = jnp.zeros_like(state.step)
+    return Progress(state, jnp.zeros(zero.shape, jnp.float32), zero, zero, zero)
+
+
+def trusting(train_step: TrainStep, progress: Progress, images: Images, labels: Labels) -> Progress:
+    """Take a step whatever comes of it."""
+    state, loss = train_step(progress.state, images, labels)
+    return progress._replace(state=state, loss=progress.loss + loss, good=progress.good + 1)
+
+
+def careful(limit: int) -> Take:
+    """Take a step if it is finite, and pass over its batch if not; after limit in a row, stop.
+
+    Parameters, statistics and the optimizer's state are undone together.
+    """
+
+    def take(train_step: TrainStep, progress: Progress, images: Images, labels: Labels) -> Progress:
+        taken = trusting(train_step, progress, images, labels)
+        undone = progress._replace(
+            state=progress.state._replace(step=taken.state.step),
+            bad=progress.bad + 1,
+            in_a_row=progress.in_a_row + 1,
+        )
+        taken = taken._replace(in_a_row=jnp.zeros_like(progress.in_a_row))
+        going = progress.in_a_row < limit
+        return choose(going, choose(is_finite(taken), taken, undone), progress)
+
+    return take
+
+
+def choose(condition: Bool[Array, ""], a: Progress, b: Progress) -> Progress:
+    """The progress a where the condition holds, else b."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def is_finite(tree: object) -> Bool[Array, ""]:
+    """Whether every number of a tree is finite."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
