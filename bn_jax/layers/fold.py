@@ -30,6 +30,7 @@ from bn_jax.layers.fold_sequential import (
     nnx_places,
 )
 from bn_jax.layers.fold_traced import Folded, fold_traced_linen, fold_traced_nnx
+from bn_jax.layers.graph_mode import graph_mode
 
 __all__ = ["fold_linen", "fold_nnx", "identity"]
 
@@ -134,7 +135,8 @@ def fold_nnx(model: Module, *inputs: Any, **options: Any) -> tuple[Module, Repor
             f"model is a {type(model).__name__}, but must be an nnx.Module; give layers as "
             "nnx.Sequential(*layers), a linen module and its variables to fold_linen"
         )
-    model = nnx.clone(model)
+    with graph_mode():
+        model = nnx.clone(model)
     places = list(nnx_places(model, (), set()))
     uses = Counter(id(node) for _, node in places)
     if inputs:

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bn_jax.layers.fold_chain import BATCH_NORMS, LINEAR, Link, Report
 from bn_jax.layers.fold_follow import Follows, fold_followers, mark_call, trace
 from bn_jax.layers.fold_sequential import linen_values, nnx_link, nnx_places, set_values
+from bn_jax.layers.graph_mode import graph_mode
 
 Path = tuple[str, ...]
 FOLDABLE = (*LINEAR, *BATCH_NORMS)
@@ -151,18 +152,22 @@ def fold_traced_nnx(
 
 def trace_nnx(model: nnx.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Follows:
     """What follows what in a call of the model, as at evaluation."""
-    marked = nnx.clone(model)
-    marked.eval()
+    with graph_mode():
+        marked = nnx.clone(model)
+        marked.eval()
     seen: set[int] = set()
     for path, node in list(nnx_places(marked, (), set())):
         if type(node) in FOLDABLE and id(node) not in seen:
             seen.add(id(node))
             node.fold_name = ".".join(path)
             node.__class__ = marking(type(node))
-    graph, state = nnx.split(marked)
+    with graph_mode():
+        graph, state = nnx.split(marked)
 
     def run(state: Any, inputs: Any, options: Any) -> Any:
-        return nnx.merge(graph, state)(*inputs, **options)
+        with graph_mode():
+            model = nnx.merge(graph, state)
+        return model(*inputs, **options)
 
     return trace(run, state, inputs, options)
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from flax import nnx
 
+from bn_jax.layers.graph_mode import graph_mode
 from bn_jax.layers.nnx import BatchNorm
 
 OURS_ALONE: dict[str, Any] = {"average": None, "unbiased": False, "group_size": None}
@@ -82,7 +83,8 @@ def swap_back(model: nnx.Module) -> list[str]:
 
 def layers(model: nnx.Module, kind: type) -> dict[str, Any]:
     """The modules of exactly one class, each once, by their paths."""
-    nodes = list(nnx.iter_graph(model))
+    with graph_mode():
+        nodes = list(nnx.iter_graph(model))
     return {".".join(map(str, path)): node for path, node in nodes if type(node) is kind}
 
 

@@ -16,6 +16,7 @@ import bn_jax.layers.nnx as our_nnx
 from bn_jax.bench.fold import deep_linen
 from bn_jax.layers.fold import fold_linen, fold_nnx, identity
 from bn_jax.layers.fold_chain import DENSE, LINEAR, Link, fold_chain
+from tests.layers.flax_modes import set_modes
 
 BAR = 2e-6
 RNGS = nnx.Rngs(0)
@@ -277,7 +278,8 @@ def test_nnx(batch_norm, lenient):
     np.testing.assert_array_equal(nnx.merge(graph, state)(x), folded(x))
 
 
-def test_nnx_used_twice():
+def used_twice():
+    """Two layers, a parameter and a block that a model uses twice."""
     dense, tied = nnx.Linear(4, 4, rngs=RNGS), nnx.Linear(4, 4, rngs=RNGS)
     other = nnx.Linear(4, 4, rngs=RNGS)
     other.kernel = tied.kernel
@@ -289,10 +291,25 @@ def test_nnx_used_twice():
     )
     nnx.update(model, shaken(nnx.state(model)))
     model.eval()
+    return model
+
+
+def test_nnx_used_twice(graph_mode):
+    model = used_twice()
     folded, report = fold_nnx(model)
     assert [fate.into for fate in report] == [None, None, None, "layers.10.layers.0 Linear"]
     assert all("used 2 times" in fate.why_not for fate in report.stays)
     same(folded(inputs(8, 4)), model(inputs(8, 4)))
+
+
+def test_nnx_used_twice_in_tree_mode(tree_mode):
+    with set_modes(graph_mode=True):
+        model = used_twice()
+    for given in (), (inputs(8, 4),):
+        folded, report = fold_nnx(model, *given)
+        with set_modes(graph_mode=True):
+            assert report == fold_nnx(model, *given)[1]
+        same(folded(inputs(8, 4)), model(inputs(8, 4)))
 
 
 def test_a_model_in_training_is_folded_for_inference():

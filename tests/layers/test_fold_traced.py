@@ -273,7 +273,7 @@ def test_a_call_to_train_is_refused(arguments):
         fold_nnx(Adapting(), inputs(3, 4))
 
 
-def test_a_shared_parameter_of_nnx_stays():
+def test_a_shared_parameter_of_nnx_stays(graph_mode):
     class Tied(nnx.Module):
         def __init__(self):
             self.a, self.b = (nnx.Linear(4, 4, rngs=RNGS) for _ in range(2))

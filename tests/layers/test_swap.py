@@ -42,7 +42,16 @@ def arrays(model):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
-def test_all_of_flax_become_ours_where_they_are():
+def test_a_layer_used_twice_in_tree_mode(tree_mode):
+    model = Network()
+    with pytest.raises(ValueError, match="shared references"):
+        nnx.state(model)
+    assert sorted(swap(model)) == ["again", "by_name.norm", "last"]
+    assert model.again is model.layers[1]
+    assert sorted(swap_back(model)) == ["again", "by_name.norm", "last"]
+
+
+def test_all_of_flax_become_ours_where_they_are(graph_mode):
     model = Network()
     objects = lambda: [  # noqa: E731
         *(model.layers[1], model.by_name["norm"], model.last),
@@ -59,7 +68,7 @@ def test_all_of_flax_become_ours_where_they_are():
     assert swap(model) == []
 
 
-def test_a_swapped_model_is_one_that_was_made_of_ours():
+def test_a_swapped_model_is_one_that_was_made_of_ours(graph_mode):
     model, ours = Network(), Network(BatchNorm)
     swap(model)
     assert nnx.graphdef(model) == nnx.graphdef(ours)
@@ -68,7 +77,7 @@ def test_a_swapped_model_is_one_that_was_made_of_ours():
     jax.tree.map(np.testing.assert_array_equal, arrays(model), arrays(ours))
 
 
-def test_there_and_back():
+def test_there_and_back(graph_mode):
     model, theirs = Network(), Network()
     assert swap(model) == swap_back(model)
     assert nnx.graphdef(model) == nnx.graphdef(theirs)
@@ -76,7 +85,7 @@ def test_there_and_back():
     jax.tree.map(np.testing.assert_array_equal, arrays(model), arrays(theirs))
 
 
-def test_evaluation_is_the_same_before_and_after():
+def test_evaluation_is_the_same_before_and_after(graph_mode):
     model = Network()
     model(X)
     model.eval()
@@ -85,7 +94,7 @@ def test_evaluation_is_the_same_before_and_after():
     np.testing.assert_allclose(model(X), before, atol=1e-5)
 
 
-def test_training_goes_on_with_the_optimizer_it_had():
+def test_training_goes_on_with_the_optimizer_it_had(graph_mode):
     model = Network()
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 

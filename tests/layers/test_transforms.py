@@ -216,7 +216,7 @@ class TestNnxTransforms:
         assert (layer.count[...] == 3).all()
         assert len(traces) == 1
 
-    def test_grad_gives_parameters_and_updates_statistics(self):
+    def test_grad_gives_parameters_and_updates_statistics(self, graph_mode):
         layer, eager = self.layer(), self.layer()
         grads = nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(X))))(layer)
         eager(X)
@@ -237,7 +237,7 @@ class TestNnxTransforms:
         for i in range(3):
             same(y[i], self.layer()(x[i]))
 
-    def test_vmap_of_examples(self):
+    def test_vmap_of_examples(self, graph_mode):
         layer = self.layer(axis_name="examples", momentum=0.0)
         state_axes = nnx.StateAxes({...: None})
         y = nnx.vmap(lambda layer, x: layer(x), in_axes=(state_axes, 0), axis_name="examples")(
@@ -246,7 +246,7 @@ class TestNnxTransforms:
         same(y, self.layer()(X))
         same(layer.mean[...], X.mean(0))
 
-    def test_vmap_of_a_shared_layer_needs_an_axis_for_its_statistics(self):
+    def test_vmap_of_a_shared_layer_needs_an_axis_for_its_statistics(self, graph_mode):
         x = jnp.stack([X, 2 * X])
         with pytest.raises(ValueError, match="out_axes"):
             nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(self.layer(), x)
@@ -265,7 +265,7 @@ class TestNnxTransforms:
         np.testing.assert_array_equal(again.mean[...], layer.mean[...])
         assert hash(graph) == hash(nnx.split(self.layer(), nnx.Param, nnx.BatchStat)[0])
 
-    def test_inside_of_jax_grad(self):
+    def test_inside_of_jax_grad(self, graph_mode):
         layer, eager = self.layer(), self.layer()
         graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -298,7 +298,7 @@ class TestNnxTransforms:
         same(y, x, atol=1e-5)
         same(layers.mean[...][2], layer.mean[...])
 
-    def test_remat(self):
+    def test_remat(self, graph_mode):
         layer, plain = self.layer(), self.layer()
 
         def loss(layer, x):
