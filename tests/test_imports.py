@@ -15,7 +15,7 @@ import bn_jax.interop
 
 HEAVY = {"flax", "optax", "orbax", "matplotlib", "pooch", "tyro", "rich", "torch"}
 PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
-OURS = {"bn_jax.layers", "bn_jax.interop", "bn_jax.data", "bn_jax.train", "bn_jax.bench"}
+OURS = {f"bn_jax.{name}" for name in ("layers", "inference", "interop", "data", "train", "bench")}
 
 
 def files_of(package):
@@ -34,6 +34,9 @@ FORBIDDEN = {
     # flax itself loads rich, and its nnx optax
     "bn_jax.layers.linen": HEAVY - {"flax", "rich"} | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.nnx": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
+    "bn_jax.inference": HEAVY,
+    "bn_jax.inference.recalibrate": HEAVY - {"flax", "rich", "optax"}
+    | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.fold": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
 }
 

@@ -75,16 +75,13 @@ def population(moments: Any, *, estimator: str = "paper") -> Any:
     >>> [round(float(v), 3) for v in population(map(measure, batches), estimator="pooled").var]
     [6.667]
     """
-    if estimator not in ("paper", "pooled"):
-        raise ValueError(f'estimator={estimator!r} must be "paper" or "pooled"')
+    check_estimator(estimator)
     if isinstance(moments, Moments):
         return of_stacked(moments, estimator)
     seen = None
     for batch in moments:
-        seen = start(batch, estimator) if seen is None else include(seen, batch, estimator)
-    if seen is None:
-        raise ValueError("moments holds no batches; population needs at least one")
-    return jax.tree.map(lambda part: finish(part, estimator), seen, is_leaf=is_seen)
+        seen = include(seen, batch, estimator)
+    return conclude(seen, estimator)
 
 
 def of_stacked(moments: Moments, estimator: str) -> BatchNormState:
@@ -105,8 +102,8 @@ def of_stacked(moments: Moments, estimator: str) -> BatchNormState:
 
 
 @partial(jax.jit, static_argnames="estimator")
-def start(batch: Any, estimator: str) -> Any:
-    """What is seen after the first batch."""
+def include(seen: Any, batch: Any, estimator: str) -> Any:
+    """What is seen after one more batch, or after the first if seen is None, for all layers."""
 
     def first(moments: Any) -> Seen:
         if not is_moments(moments):
@@ -114,23 +111,28 @@ def start(batch: Any, estimator: str) -> Any:
                 f"a batch holds an array of shape {jnp.shape(moments)} that belongs to no Moments; "
                 "give the moments of each batch, e.g. [measure(x) for x in batches]"
             )
-        moments = Moments(*as_floats(*moments))
-        nothing = jax.tree.map(jnp.zeros_like, moments)
-        none = jnp.zeros_like(moments.count, jnp.int32)
-        seen = Seen(nothing, Moments(*[nothing.var] * 3), none)
-        return add(seen, moments, estimator)
-
-    return jax.tree.map(first, batch, is_leaf=is_moments)
-
-
-@partial(jax.jit, static_argnames="estimator")
-def include(seen: Any, batch: Any, estimator: str) -> Any:
-    """What is seen after one more batch, which has a tree of moments."""
+        return start(Moments(*as_floats(*moments)), estimator)
 
     def further(moments: Moments, seen: Seen) -> Seen:
         return add(seen, Moments(*as_floats(*moments)), estimator)
 
+    if seen is None:
+        return jax.tree.map(first, batch, is_leaf=is_moments)
     return jax.tree.map(further, batch, seen, is_leaf=is_moments)
+
+
+def conclude(seen: Any, estimator: str) -> Any:
+    """The states of all layers."""
+    if seen is None:
+        raise ValueError("there are no batches, but population statistics need at least one")
+    return jax.tree.map(lambda part: finish(part, estimator), seen, is_leaf=is_seen)
+
+
+def start(batch: Moments, estimator: str) -> Seen:
+    """What is seen after the first batch."""
+    nothing = jax.tree.map(jnp.zeros_like, batch)
+    none = jnp.zeros_like(batch.count, jnp.int32)
+    return add(Seen(nothing, Moments(*[nothing.var] * 3), none), batch, estimator)
 
 
 def add(seen: Seen, batch: Moments, estimator: str) -> Seen:
@@ -166,6 +168,12 @@ def finish(seen: Seen, estimator: str) -> BatchNormState:
             jnp.where(known, seen.batches, jnp.zeros_like(seen.batches)),
         )
     )
+
+
+def check_estimator(estimator: str) -> None:
+    """Refuse an unknown one."""
+    if estimator not in ("paper", "pooled"):
+        raise ValueError(f'estimator={estimator!r} must be "paper" or "pooled"')
 
 
 def is_moments(node: object) -> bool:

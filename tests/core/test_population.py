@@ -187,7 +187,7 @@ def test_no_gradient_flows():
 
 def test_mistakes_are_named():
     moments = bn.measure(draw((4,))[0])
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="there are no batches"):
         bn.population(iter([]))
     with pytest.raises(ValueError, match=r"estimator='mean' must be \"paper\" or \"pooled\""):
         bn.population([moments], estimator="mean")
