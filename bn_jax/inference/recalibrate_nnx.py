@@ -11,6 +11,7 @@ from flax import nnx
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import check_estimator, conclude, include
 from bn_jax.inference.recording import check_known, nothing, observe, replace, zeros
+from bn_jax.layers.graph_mode import graph_mode
 
 Path = tuple[Any, ...]
 
@@ -54,7 +55,8 @@ def recalibrate_nnx(
     ['layers.1']
     """
     check_estimator(estimator)
-    graph, random, rest = nnx.split(model, nnx.RngState, ...)
+    with graph_mode():
+        graph, random, rest = nnx.split(model, nnx.RngState, ...)
     seen = None
     for batch in batches:
         if seen is None:
@@ -79,9 +81,12 @@ def step(
     forward: Any, estimator: str, graph: Any, random: Any, rest: Any, seen: Any, batch: Any
 ) -> tuple[Any, Any]:
     """What is seen after one more batch, and the random states after it, in one compiled call."""
-    model = nnx.merge(graph, random, rest, copy=True)
+    with graph_mode():
+        model = nnx.merge(graph, random, rest, copy=True)
     moments = moments_of(forward, model, batch)
-    return include(seen, moments, estimator), nnx.state(model, nnx.RngState)
+    with graph_mode():
+        random = nnx.state(model, nnx.RngState)
+    return include(seen, moments, estimator), random
 
 
 def moments_of(
@@ -102,7 +107,9 @@ def moments_of(
 
 def batch_norms(model: nnx.Module) -> dict[Path, Any]:
     """The batch norms of a model, each once, by their paths."""
-    return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)}
+    with graph_mode():
+        nodes = list(nnx.iter_graph(model))
+    return {path: node for path, node in nodes if isinstance(node, nnx.BatchNorm)}
 
 
 @functools.cache
