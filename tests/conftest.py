@@ -18,7 +18,7 @@ if "xla_force_host_platform_device_count" not in flags:
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked in tests only, at every call.
-install_import_hook("bn_jax.core", "beartype.beartype")
+install_import_hook(["bn_jax.core", "bn_jax.inference.fold"], "beartype.beartype")
 
 import jax
 import pytest

@@ -15,7 +15,10 @@ import bn_jax.interop
 
 HEAVY = {"flax", "optax", "orbax", "matplotlib", "pooch", "tyro", "rich", "torch"}
 PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
-OURS = {f"bn_jax.{name}" for name in ("layers", "inference", "interop", "data", "train", "bench")}
+OURS = {f"bn_jax.{name}" for name in ("layers", "interop", "data", "train", "bench")} | {
+    "bn_jax.inference.fold_models",
+    "bn_jax.inference.recalibrate",
+}
 
 
 def files_of(package):
@@ -28,16 +31,18 @@ def files_of(package):
 FORBIDDEN = {
     "bn_jax": HEAVY | OURS,
     files_of(bn_jax.core): HEAVY | OURS,
+    "bn_jax.inference, bn_jax.inference.fold": HEAVY | OURS,
     # converters know other libraries by the objects that are passed, and import none
     files_of(bn_jax.interop): HEAVY | PEERS | OURS - {"bn_jax.interop"},
     "bn_jax.layers": HEAVY,
     # flax itself loads rich, and its nnx optax
     "bn_jax.layers.linen": HEAVY - {"flax", "rich"} | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.nnx": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
-    "bn_jax.inference": HEAVY,
     "bn_jax.inference.recalibrate": HEAVY - {"flax", "rich", "optax"}
     | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.fold": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
+    "bn_jax.inference.fold_models": HEAVY - {"flax", "rich", "optax"}
+    | {"bn_jax.data", "bn_jax.train"},
 }
 
 

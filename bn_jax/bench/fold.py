@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bn_jax.bench.interleave import Timing, interleave
 from bn_jax.bench.report import Report
-from bn_jax.layers.fold import Folded, fold_linen
+from bn_jax.inference.fold_models import Folded, fold_linen
 from bn_jax.layers.linen import BatchNorm
 
 FOLDED = "folded"

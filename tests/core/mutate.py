@@ -776,34 +776,34 @@ MUTATIONS = [
         "return jnp.dtype(dtype)",
         "accuracy",
     ),
-    # fold.py
+    # inference/fold.py
     Mutation(
         "fold scales before b meets the mean",
-        "fold.py",
+        "inference/fold.py",
         "scale * (b - mean) + shift",
         "scale * b + (shift - scale * mean)",
-        "fold",
+        "inference/fold",
     ),
     Mutation(
         "fold takes the inputs of a transposed kernel",
-        "fold.py",
+        "inference/fold.py",
         "axis=-2 if transpose_kernel else -1",
         "axis=-1",
-        "fold",
+        "inference/fold",
     ),
     Mutation(
         "fold forgets that the kernel is rounded",
-        "fold.py",
+        "inference/fold.py",
         "new.astype(wide), precision",
         "(kernel.astype(wide) * scale[:, None]), precision",
-        "fold",
+        "inference/fold",
     ),
     Mutation(
         "fold in half precision",
-        "fold.py",
+        "inference/fold.py",
         "functools.reduce(np.promote_types, map(statistics_dtype, dtypes))",
         "kernel.dtype",
-        "fold",
+        "inference/fold",
     ),
     # ghost.py, replicas.py, pool_states.py, and weights of zero
     Mutation(

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from tests.layers.flax_modes import TREE, set_modes
+from tests.layers.flax_modes import graph_mode, tree_mode  # noqa: F401 (fixtures)
 
 UNIT = np.finfo(np.float32).eps / 2
 
@@ -62,22 +61,6 @@ def flax_still():
             pytest.skip(f"flax {flax.__version__} does not have defect {defect}")
 
     return check
-
-
-@pytest.fixture
-def graph_mode():
-    """For what flax's tree mode refuses: layers used twice, `StateAxes`, gradients as a `State`."""
-    with set_modes(graph_mode=True, graph_updates=True):
-        yield
-
-
-@pytest.fixture
-def tree_mode():
-    """The mode that flax plans to make its default."""
-    if not hasattr(nnx, "set_graph_mode"):
-        pytest.skip(f"flax {flax.__version__} has no tree mode")
-    with set_modes(**TREE):
-        yield
 
 
 def assert_same_tree(ours, theirs):

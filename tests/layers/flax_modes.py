@@ -2,6 +2,8 @@
 
 import contextlib
 
+import flax
+import pytest
 from flax import nnx
 
 TREE = {"graph_mode": False, "graph_updates": False}
@@ -14,3 +16,19 @@ def set_modes(**modes):
         if set_mode := getattr(nnx, f"set_{name}", None):
             stack.enter_context(set_mode(value))
     return stack
+
+
+@pytest.fixture
+def graph_mode():
+    """For what flax's tree mode refuses: layers used twice, `StateAxes`, gradients as a `State`."""
+    with set_modes(graph_mode=True, graph_updates=True):
+        yield
+
+
+@pytest.fixture
+def tree_mode():
+    """The mode that flax plans to make its default."""
+    if not hasattr(nnx, "set_graph_mode"):
+        pytest.skip(f"flax {flax.__version__} has no tree mode")
+    with set_modes(**TREE):
+        yield

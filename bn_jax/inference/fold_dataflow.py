@@ -17,7 +17,7 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bn_jax.layers.fold_chain import BATCH_NORMS, LINEAR, Fate, Link, Report, fold_chain
+from bn_jax.inference.fold_chain import BATCH_NORMS, LINEAR, Fate, Link, Report, fold_chain
 
 GETS, RETURNS = "bn_jax.fold: gets ", "bn_jax.fold: returns "
 

@@ -20,13 +20,13 @@ from jax.typing import DTypeLike
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
 from bn_jax.core.averages import BatchNormState
-from bn_jax.core.fold import (
+from bn_jax.core.normalize import BatchNormParams
+from bn_jax.inference.fold import (
     fold_conv,
     fold_conv_transpose,
     fold_dense,
     fold_into_following_dense,
 )
-from bn_jax.core.normalize import BatchNormParams
 
 BATCH_NORMS = (
     nn.BatchNorm,

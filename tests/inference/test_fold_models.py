@@ -14,8 +14,8 @@ from flax import nnx
 import bn_jax.layers.linen as our_linen
 import bn_jax.layers.nnx as our_nnx
 from bn_jax.bench.fold import deep_linen
-from bn_jax.layers.fold import fold_linen, fold_nnx, identity
-from bn_jax.layers.fold_chain import DENSE, LINEAR, Link, fold_chain
+from bn_jax.inference.fold_chain import DENSE, LINEAR, Link, fold_chain
+from bn_jax.inference.fold_models import fold_linen, fold_nnx, identity
 from tests.layers.flax_modes import set_modes
 
 BAR = 2e-6

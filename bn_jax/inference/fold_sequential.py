@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
-from bn_jax.layers.fold_chain import BATCH_NORMS, LINEAR, Fate, Link, fold_chain
+from bn_jax.inference.fold_chain import BATCH_NORMS, LINEAR, Fate, Link, fold_chain
 
 Path = tuple[str, ...]
 VALUES = ("kernel", "bias", "scale", "mean", "var")

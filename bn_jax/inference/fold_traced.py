@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bn_jax.layers.fold_chain import BATCH_NORMS, LINEAR, Link, Report
-from bn_jax.layers.fold_follow import Follows, fold_followers, mark_call, trace
-from bn_jax.layers.fold_sequential import linen_values, nnx_link, nnx_places, set_values
+from bn_jax.inference.fold_chain import BATCH_NORMS, LINEAR, Link, Report
+from bn_jax.inference.fold_dataflow import Follows, fold_followers, mark_call, trace
+from bn_jax.inference.fold_sequential import linen_values, nnx_link, nnx_places, set_values
 from bn_jax.layers.graph_mode import graph_mode
 
 Path = tuple[str, ...]

@@ -9,8 +9,8 @@ from flax import nnx
 
 import bn_jax.layers.linen as our_linen
 import bn_jax.layers.nnx as our_nnx
-from bn_jax.layers.fold import fold_linen, fold_nnx
-from tests.layers.test_fold import RNGS, inputs, lines, same, shaken
+from bn_jax.inference.fold_models import fold_linen, fold_nnx
+from tests.inference.test_fold_models import RNGS, inputs, lines, same, shaken
 
 pytestmark = pytest.mark.usefixtures("lenient")
 KINDS = [our_linen.BatchNorm, nn.BatchNorm]
