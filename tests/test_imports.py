@@ -4,12 +4,15 @@ Each proof runs in a process of its own: one for all files of a folder that may 
 what loads nothing together loads nothing alone. A test shows that a proof can fail.
 """
 
+import inspect
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import bn_jax
 import bn_jax.core
 import bn_jax.interop
 
@@ -63,6 +66,13 @@ def loaded_in_vain(statement, forbidden, path=()):
 @pytest.mark.parametrize("modules", FORBIDDEN, ids=lambda modules: modules.partition(",")[0])
 def test_modules_load_only_what_they_may(modules):
     assert not loaded_in_vain(f"import {modules}", FORBIDDEN[modules])
+
+
+def test_all_public_names_are_listed():
+    shown = {name for name, value in vars(bn_jax).items() if not inspect.ismodule(value)}
+    assert set(bn_jax.__all__) == {name for name in shown if not name.startswith("_")}
+    text = pydoc.render_doc(bn_jax)
+    assert all(name in pydoc.plain(text) for name in bn_jax.__all__)
 
 
 def test_the_proof_can_fail(tmp_path):

@@ -10,6 +10,8 @@ Kernels have flax's layouts: [in, out], [*window, in/groups, out], and, for a tr
 convolution with transpose_kernel, [*window, out, in].
 """
 
+from __future__ import annotations  # help() shows the names of types, not what they stand for
+
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -60,6 +60,40 @@ def test_it_warns_once_and_can_be_made_an_error():
             step(X)
 
 
+class Block(nnx.Module):
+    """A model of the user's, with the layer on one line."""
+
+    def __init__(self):
+        self.norm = Nnx(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+def own_line(step):
+    """The line of this file, if the warning names it, that a step is warned at."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SingleValueWarning)
+        step()
+    (warning,) = caught
+    assert warning.filename == __file__
+    return warning.lineno
+
+
+def test_it_names_the_line_that_calls_the_layer():
+    variables = Linen().init(KEY, X, True)
+    layer, block = Nnx(3, rngs=nnx.Rngs(0)), Block()
+    apply = jax.jit(lambda x: Linen().apply(variables, x, False, mutable=["batch_stats"]))
+    steps = [
+        lambda: layer(X),
+        lambda: nnx.jit(lambda layer, x: layer(x))(layer, X),
+        lambda: Linen().apply(variables, X, False, mutable=["batch_stats"]),
+        lambda: apply(X),
+    ]
+    assert [own_line(step) for step in steps] == [s.__code__.co_firstlineno for s in steps]
+    assert own_line(lambda: block(X)) == Block.__call__.__code__.co_firstlineno + 1
+
+
 def test_a_group_of_one():
     layer = Nnx(3, rngs=nnx.Rngs(0), group_size=2)
     with pytest.warns(SingleValueWarning, match="group_size=2"):
