@@ -18,7 +18,7 @@ import bn_jax.interop
 
 HEAVY = {"flax", "optax", "orbax", "matplotlib", "pooch", "tyro", "rich", "torch"}
 PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
-OURS = {f"bn_jax.{name}" for name in ("layers", "interop", "data", "train", "bench")} | {
+OURS = {f"bn_jax.{name}" for name in ("layers", "interop", "data", "train", "bench", "explain")} | {
     "bn_jax.inference.fold_models",
     "bn_jax.inference.recalibrate",
 }
@@ -38,6 +38,7 @@ FORBIDDEN = {
     # converters know other libraries by the objects that are passed, and import none
     files_of(bn_jax.interop): HEAVY | PEERS | OURS - {"bn_jax.interop"},
     "bn_jax.layers": HEAVY,
+    "bn_jax.explain": HEAVY | OURS - {"bn_jax.explain"},
     # flax itself loads rich, and its nnx optax
     "bn_jax.layers.linen": HEAVY - {"flax", "rich"} | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.nnx": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
