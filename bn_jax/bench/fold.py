@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bn_jax.bench.interleave import Timing, interleave
 from bn_jax.bench.report import Report
-from bn_jax.inference.fold_models import Folded, fold_linen
+from bn_jax.inference.fold_models import FoldedModule, fold_linen
 from bn_jax.layers.linen import BatchNorm
 
 FOLDED = "folded"
@@ -57,18 +57,18 @@ def deep_linen(layers: int, features: int) -> tuple[nn.Sequential, dict[str, Any
 # Functions that block until their work is done.
 
 
-def jitted(model: nn.Module | Folded, variables: Any, x: jax.Array) -> Callable[[], object]:
+def jitted(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> Callable[[], object]:
     """A call of a compiled network."""
     apply = jax.jit(model.apply)
     return lambda: jax.block_until_ready(apply(variables, x))
 
 
-def op_by_op(model: nn.Module | Folded, variables: Any, x: jax.Array) -> Callable[[], object]:
+def op_by_op(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> Callable[[], object]:
     """A call without jit."""
     return lambda: jax.block_until_ready(model.apply(variables, x))
 
 
-def compiler(model: nn.Module | Folded, variables: Any, x: jax.Array) -> Callable[[], object]:
+def compiler(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> Callable[[], object]:
     """A compilation anew."""
 
     def run() -> object:

@@ -1,13 +1,12 @@
-"""What does batch normalization cost at inference? Nothing, next to a linear map.
+"""Fold a batch norm into the linear layer beside it, which makes it free at inference.
 
-Inference is an affine map per feature, and so are a dense layer and a convolution: with frozen
-statistics the two are one, with another kernel and another bias. Four instances: a dense layer, a
-convolution (grouped or not) and a transposed convolution before the normalization, and a dense
-layer after it. A convolution *after* it is no instance: zeros padded to the normalized map are
-not zeros of the map before.
+With fixed statistics, batch normalization is an affine map per feature. A dense layer or a
+convolution before it can do that map too, with another kernel and another bias. So can a dense
+layer after it, but not a convolution after it: a convolution pads the normalized x with zeros, and
+a zero there is not a zero of the x before normalization.
 
-Kernels have flax's layouts: [in, out], [*window, in/groups, out], and, for a transposed
-convolution with transpose_kernel, [*window, out, in].
+Kernels have flax's layouts: [in, out] for dense layers, [*window, in/groups, out] for convolutions
+(grouped or not), and [*window, out, in] for a transposed convolution with transpose_kernel.
 """
 
 from __future__ import annotations  # help() shows the names of types, not what they stand for
@@ -43,9 +42,10 @@ def fold_dense(
     BN(xW + b) = x(W·s) + (s (b - E[x]) + β), s = γ/√(Var + ε) per column  (Ioffe & Szegedy 2015,
     Algorithm 2, line 11; Jacob et al. 2018, section 3.2).
 
-    Accurate where b carries the mean: b - E[x] comes first, which the offset of `as_affine` cannot
-    do, and y is within 2e-6 of max|y| for E[x] up to 100 standard deviations. Where xW carries it,
-    xW is rounded at its own size, folded or not: then both are off by about as much.
+    If the mean E[x] comes from b, folding is accurate: b - E[x] is computed first, and y is within
+    2e-6 of max|y| for E[x] up to 100 standard deviations. (The offset of `as_affine` is rounded
+    before b could be added.) If the mean comes from xW, then xW is rounded relative to its own
+    size, and the folded and the unfolded layer have about the same error.
 
     Args:
         kernel: W, [in, features].
@@ -55,12 +55,12 @@ def fold_dense(
         epsilon: ε ≥ 0, as in training.
 
     Returns:
-        (kernel, bias): of the same shapes, bias also where there was none, both in the kernel's
-        dtype. Computed in at least float32.
+        (kernel, bias) with the same shapes, in the kernel's dtype; computed in at least float32.
+        There is a bias even if there was none.
 
     Raises:
-        TypeError: kernel is not inexact, or is real where something else is complex; the variance
-            is complex; a statistic is None.
+        TypeError: kernel has no floating dtype, or is real while another value is complex; the
+            variance is complex; a statistic is None.
         ValueError: a shape does not fit the kernel, or epsilon is negative or not finite.
 
     >>> import jax.numpy as jnp
@@ -84,8 +84,8 @@ def fold_conv(
 ) -> tuple[Inexact[Array, "*window features_in features"], Inexact[Array, " features"]]:
     """A convolution and the batch normalization after it, as one convolution.
 
-    The equation, accuracy, dtypes and exceptions of `fold_dense`, for every filter. Strides,
-    padding of any kind, dilation and feature groups do not matter: a filter's output is linear in
+    Equation, accuracy, dtypes and exceptions are those of `fold_dense`, for every filter. It works
+    for any strides, padding, dilation and feature groups, because a filter's output is linear in
     the filter.
 
     Args:
@@ -116,9 +116,9 @@ def fold_conv_transpose(
     epsilon: ArrayLike = 1e-5,
     transpose_kernel: bool = False,
 ) -> tuple[Inexact[Array, "*window channels_a channels_b"], Inexact[Array, " features"]]:
-    """A transposed convolution and the batch normalization after it, as one.
+    """A transposed convolution and the batch normalization after it, as one transposed convolution.
 
-    The equation, accuracy, dtypes and exceptions of `fold_dense`, for every filter.
+    Equation, accuracy, dtypes and exceptions are those of `fold_dense`, for every filter.
 
     Args:
         kernel: [*window, in, features], or [*window, features, in] with transpose_kernel.
@@ -152,12 +152,13 @@ def fold_into_following_dense(
 ) -> tuple[Inexact[Array, "features out"], Inexact[Array, " out"]]:
     """A batch normalization and the dense layer after it, as one dense layer.
 
-    BN(x)W + b = xV + (b + βW - E[x]V), V = s·W, s = γ/√(Var + ε) per row. The V of the bias is
-    the one that is returned: its roundings then act on x - E[x], not on x.
+    BN(x)W + b = xV + (b + βW - E[x]V), V = s·W, s = γ/√(Var + ε) per row. The bias is computed
+    from the rounded V that is returned, so that the rounding of V acts on x - E[x] and not on x.
 
-    Less accurate than `normalize` first, which takes x - E[x] before anything is multiplied: xV
-    and E[x]V are rounded at their own size, so y is off by about as many times more as the means
-    are standard deviations from zero. After an activation that is about one.
+    This is less accurate than normalizing first: `normalize` subtracts E[x] before it multiplies,
+    but here xV and E[x]V are rounded relative to their own size. If the means of x are R standard
+    deviations from zero, the error of y is about R times as large. After an activation, R is about
+    one.
 
     Args:
         kernel: W, [features, out].
@@ -167,10 +168,10 @@ def fold_into_following_dense(
         epsilon: ε ≥ 0, as in training.
 
     Returns:
-        (kernel, bias): of the same shapes, in the kernel's dtype.
+        (kernel, bias) with the same shapes, in the kernel's dtype.
 
     Raises:
-        TypeError, ValueError: as `fold_dense` does.
+        TypeError, ValueError: as in `fold_dense`.
 
     >>> import jax.numpy as jnp
     >>> state = BatchNormState(jnp.array([2.0]), jnp.array([4.0]), jnp.array([1]))
@@ -198,7 +199,7 @@ def fold_outputs(
     epsilon: ArrayLike,
     axis: int,
 ) -> tuple[Array, Array]:
-    """What the first three have in common: the features are one axis of the kernel."""
+    """Fold into a layer whose features are one axis of its kernel."""
     kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     size = kernel.shape[axis]
     check_values(kernel, bias, params, state, features=size, out=size)
@@ -217,11 +218,11 @@ def affine(
     state: BatchNormState,
     epsilon: ArrayLike,
 ) -> tuple[np.dtype, tuple[Array, Array, Array], Array]:
-    """The common dtype, (s, E[x], β) and b in it; zeros for what is absent."""
+    """The common dtype; (s, E[x], β) and b in it, with zeros for what is None."""
     mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
     dtypes = [v.dtype for v in (kernel, mean) if jnp.issubdtype(v.dtype, jnp.inexact)]
     wide = functools.reduce(np.promote_types, map(statistics_dtype, dtypes))
-    # The scale alone: its offset, β - s E[x], is rounded before b could take part.
+    # Only the scale: the offset, β - s E[x], would be rounded before b could be added.
     state = state._replace(mean=mean.astype(wide), var=var.astype(real_dtype(wide)))
     scale, _ = as_affine(params, state, epsilon=epsilon)
     shift = jnp.zeros_like(scale) if params.bias is None else jnp.asarray(params.bias, wide)
@@ -230,11 +231,11 @@ def affine(
 
 
 def check_kernel(kernel: Values, function: str, layout: str, fits: bool) -> None:
-    """Refuse a kernel of another rank, by the name of the function that was called."""
+    """Refuse a kernel of another rank; the message names the function that was called."""
     if not fits:
         raise ValueError(
             f"kernel has shape {np.shape(kernel)}, but {function} takes {layout}; use the "
-            "function of its layer, e.g. fold_dense for Dense, fold_conv for Conv"
+            "function for this kind of layer, e.g. fold_dense for Dense, fold_conv for Conv"
         )
 
 
@@ -247,12 +248,12 @@ def check_values(
     features: int,
     out: int,
 ) -> None:
-    """Refuse what does not fit the kernel in kind or shape, by its name."""
+    """Refuse values whose dtype or shape does not fit the kernel; the message names the value."""
     for name, value in {"kernel": kernel, "bias": bias}.items():
         if value is not None and not jnp.issubdtype(value.dtype, jnp.inexact):
             raise TypeError(
-                f"{name} has dtype {value.dtype}, which has no fractions to scale; convert it "
-                f"first, e.g. {name}.astype(jnp.float32)"
+                f"{name} has dtype {value.dtype}, but must be floating; convert it first, e.g. "
+                f"{name}.astype(jnp.float32)"
             )
     named = {
         "state.mean": (state.mean, features),
@@ -264,19 +265,19 @@ def check_values(
     for name, (value, size) in named.items():
         if value is None and name.startswith("state"):
             raise TypeError(
-                f"{name} is None; measure the layer's statistics first, e.g. by bn_jax.measure"
+                f"{name} is None; measure the layer's statistics first, e.g. with bn_jax.measure"
             )
         if value is None:
             continue
         if np.shape(value) != (size,):
             raise ValueError(
                 f"{name} has shape {np.shape(value)}, but a kernel of shape {kernel.shape} needs "
-                f"({size},); give the values of the layer next to it, one per feature"
+                f"({size},); pass the values of the layer next to it, one per feature"
             )
         if name == "state.var" and jnp.iscomplexobj(value):
             raise TypeError(
-                f"state.var has dtype {jnp.result_type(value)}, but a variance is real, of complex "
-                "data too: is it another entry's value?"
+                f"state.var has dtype {jnp.result_type(value)}, but a variance is real even for "
+                "complex data; check that it is not the value of another entry"
             )
         if jnp.iscomplexobj(value) and not jnp.iscomplexobj(kernel):
             raise TypeError(

@@ -1,8 +1,8 @@
 """Which batch norms of a chain of layers can be folded, into which neighbour, and why not.
 
-Three instances: Conv, BatchNorm, relu (into the Conv before it); relu, BatchNorm, Dense (into the
-Dense after it); relu, BatchNorm, Conv (not at all). The layers are flax's, linen's or nnx's alike:
-both describe themselves by the same attributes. Nothing is changed here.
+Three examples: in Conv, BatchNorm, relu the batch norm is folded into the Conv before it; in relu,
+BatchNorm, Dense into the Dense after it; in relu, BatchNorm, Conv it stays. linen's and nnx's
+layers are treated alike, because they have the same attributes. Nothing is changed in place.
 """
 
 import functools
@@ -45,36 +45,42 @@ REPLACEABLE = (
     "preferred_element_type",
     "promote_dtype",
 )
-"""Attributes by which a layer may become another map, or one of another dtype."""
+"""Attributes that may turn a layer into another function; a layer that sets one is not folded."""
 
 
-class Link(NamedTuple):
-    """A layer of a chain.
+class ChainLayer(NamedTuple):
+    """A layer in a chain of layers.
 
     Attributes:
-        name: where it is in the model.
-        layer: the module, or any other callable.
+        name: its path in the model.
+        module: the layer itself, or any other callable.
         values: its parameters and statistics, by flax's names; empty if they are not needed.
-        uses: how many places of the model it, or one of its parameters, is used in.
+        uses: in how many places of the model the layer, or one of its parameters, is used.
+
+    >>> str(ChainLayer("layers_0", nn.Dense(3), {}))
+    'layers_0 Dense'
     """
 
     name: str
-    layer: Any
+    module: Any
     values: Mapping[str, Array]
     uses: int = 1
 
     def __str__(self) -> str:
-        kind = getattr(self.layer, "__name__", type(self.layer).__name__)
+        kind = getattr(self.module, "__name__", type(self.module).__name__)
         return f"{self.name} {kind}"
 
 
-class Fate(NamedTuple):
-    """What became of a batch norm.
+class FoldResult(NamedTuple):
+    """What was done with one batch norm.
 
     Attributes:
-        batch_norm: its name and class.
-        into: the name and class of the layer it was folded into, or None.
-        why_not: why it stays, or None.
+        batch_norm: its path and class.
+        into: path and class of the layer that it was folded into, or None.
+        why_not: why it was not folded, or None.
+
+    >>> print(FoldResult("norm BatchNorm", "conv Conv", None))
+    norm BatchNorm: folded into conv Conv
     """
 
     batch_norm: str
@@ -86,8 +92,15 @@ class Fate(NamedTuple):
         return f"{self.batch_norm}: {done}"
 
 
-class Report(tuple[Fate, ...]):
-    """What became of every batch norm of a model, in its order; prints as one line for each."""
+class FoldReport(tuple[FoldResult, ...]):
+    """A `FoldResult` for every batch norm of a model, in order; prints as one line for each.
+
+    >>> report = FoldReport([FoldResult("norm BatchNorm", None, "is the first layer")])
+    >>> print(report)
+    norm BatchNorm: stays: is the first layer
+    >>> len(report.stays)
+    1
+    """
 
     __slots__ = ()
 
@@ -95,123 +108,134 @@ class Report(tuple[Fate, ...]):
         return "\n".join(map(str, self)) or "no batch norm"
 
     @property
-    def stays(self) -> "Report":
-        """Those that were not folded."""
-        return Report(fate for fate in self if fate.into is None)
+    def stays(self) -> "FoldReport":
+        """The batch norms that were not folded."""
+        return FoldReport(result for result in self if result.into is None)
 
 
-class Folding(NamedTuple):
-    """A folded chain, by positions: new values of its linear layers, what is gone, and why."""
+class FoldedChain(NamedTuple):
+    """A chain after folding.
+
+    Attributes:
+        values: new parameters of linear layers, by position.
+        gone: positions of the batch norms that were folded.
+        results: one for every batch norm, in order.
+    """
 
     values: dict[int, dict[str, Array]]
     gone: set[int]
-    fates: list[Fate]
+    results: list[FoldResult]
 
 
-def fold_chain(chain: Sequence[Link]) -> Folding:
-    """Fold every batch norm into the layer before it, else into the one after it, else not.
+def fold_chain(chain: Sequence[ChainLayer]) -> FoldedChain:
+    """Fold every batch norm into the layer before it, or if that is impossible, the one after it.
 
-    One that is gone is no neighbour any more: of two in a row after a layer, both are folded.
+    A folded batch norm leaves the chain, so two in a row can both be folded into one layer.
     """
-    links = dict(enumerate(chain))
-    result = Folding({}, set(), [])
+    remaining = dict(enumerate(chain))
+    result = FoldedChain({}, set(), [])
     for n, norm in enumerate(chain):
-        if type(norm.layer) not in BATCH_NORMS:
+        if type(norm.module) not in BATCH_NORMS:
             continue
-        before = max((m for m in links if m < n), default=-1)
-        after = min((m for m in links if m > n), default=len(chain))
+        before = max((m for m in remaining if m < n), default=-1)
+        after = min((m for m in remaining if m > n), default=len(chain))
         into, why_not = None, reason_itself(norm)
         if why_not is None:
-            reasons = reason_before(norm, links.get(before)), reason_after(norm, links.get(after))
+            reasons = (
+                reason_before(norm, remaining.get(before)),
+                reason_after(norm, remaining.get(after)),
+            )
             into = before if reasons[0] is None else after if reasons[1] is None else None
             why_not = None if into is not None else ", ".join(map(str, reasons))
         if into is not None:
-            result.values[into] = fold_values(norm, links[into], follows=into == before)
-            links[into] = links[into]._replace(values=result.values[into])
-            del links[n]
+            result.values[into] = fold_values(norm, remaining[into], follows=into == before)
+            remaining[into] = remaining[into]._replace(values=result.values[into])
+            del remaining[n]
             result.gone.add(n)
         target = None if into is None else str(chain[into])
-        result.fates.append(Fate(str(norm), target, why_not))
+        result.results.append(FoldResult(str(norm), target, why_not))
     return result
 
 
-def fold_values(norm: Link, link: Link, *, follows: bool) -> dict[str, Array]:
-    """The kernel and bias of the linear layer that does the work of both."""
+def fold_values(norm: ChainLayer, neighbour: ChainLayer, *, follows: bool) -> dict[str, Array]:
+    """Kernel and bias of a linear layer after a batch norm is folded into it."""
     fold: Callable[..., tuple[Array, Array]] = fold_conv
-    if type(link.layer) in DENSE:
+    if type(neighbour.module) in DENSE:
         fold = fold_dense if follows else fold_into_following_dense
-    elif type(link.layer) in TRANSPOSED:
-        fold = functools.partial(fold_conv_transpose, transpose_kernel=link.layer.transpose_kernel)
+    elif type(neighbour.module) in TRANSPOSED:
+        fold = functools.partial(
+            fold_conv_transpose, transpose_kernel=neighbour.module.transpose_kernel
+        )
     mean, var = norm.values["mean"], norm.values["var"]
     params = BatchNormParams(norm.values.get("scale"), norm.values.get("bias"))
     state = BatchNormState(mean, var, jnp.zeros(jnp.shape(mean), jnp.int32))
     kernel, bias = fold(
-        link.values["kernel"],
-        link.values.get("bias"),
+        neighbour.values["kernel"],
+        neighbour.values.get("bias"),
         params,
         state,
-        epsilon=norm.layer.epsilon,
+        epsilon=norm.module.epsilon,
     )
     return {"kernel": kernel, "bias": bias}
 
 
-# Reasons not to fold, or None.
+# Reasons not to fold; None if there is none.
 
 
-def reason_itself(norm: Link) -> str | None:
-    """What of the batch norm itself is in the way."""
+def reason_itself(norm: ChainLayer) -> str | None:
+    """Why the batch norm cannot be folded at all."""
     if norm.uses > 1:
         return f"is used {norm.uses} times"
-    if norm.layer.axis not in (-1, (-1,), [-1]):
-        return f"axis={norm.layer.axis} is not -1, where the layers beside it have features"
+    if norm.module.axis not in (-1, (-1,), [-1]):
+        return f"has axis={norm.module.axis}, but the layers beside it have their features on -1"
     return None
 
 
-def reason_before(norm: Link, link: Link | None) -> str | None:
-    """Why it cannot be folded into the layer before it."""
-    if link is None:
+def reason_before(norm: ChainLayer, neighbour: ChainLayer | None) -> str | None:
+    """Why the batch norm cannot be folded into the layer before it."""
+    if neighbour is None:
         return "is the first layer"
-    if type(link.layer) not in LINEAR:
-        return f"follows {link}"
-    if (reason := reason_of_layer(link)) is not None:
+    if type(neighbour.module) not in LINEAR:
+        return f"follows {neighbour}"
+    if (reason := reason_of_layer(neighbour)) is not None:
         return reason
-    dtype = dtype_of(link)
+    dtype = dtype_of(neighbour)
     if dtype_of(norm, dtype) != dtype:
-        return f"follows {link} in {dtype}, which it makes {dtype_of(norm, dtype)}"
+        return f"follows {neighbour} in {dtype}, but returns {dtype_of(norm, dtype)}"
     return None
 
 
-def reason_after(norm: Link, link: Link | None) -> str | None:
-    """Why it cannot be folded into the layer after it."""
-    if link is None:
+def reason_after(norm: ChainLayer, neighbour: ChainLayer | None) -> str | None:
+    """Why the batch norm cannot be folded into the layer after it."""
+    if neighbour is None:
         return "is the last layer"
-    if type(link.layer) not in DENSE:
-        return f"precedes {link}"
-    if (reason := reason_of_layer(link)) is not None:
+    if type(neighbour.module) not in DENSE:
+        return f"precedes {neighbour}"
+    if (reason := reason_of_layer(neighbour)) is not None:
         return reason
-    dtype = dtype_of(link)
+    dtype = dtype_of(neighbour)
     if jnp.finfo(dtype).bits < 32:
-        return f"precedes {link} in {dtype}, too coarse for what is not centered"
-    if dtype_of(link, dtype_of(norm, dtype)) != dtype:
-        return f"precedes {link} in {dtype}, which it makes {dtype_of(norm, dtype)}"
+        return f"precedes {neighbour} in {dtype}, too few digits for an input that is not centered"
+    if dtype_of(neighbour, dtype_of(norm, dtype)) != dtype:
+        return f"precedes {neighbour} in {dtype}, but returns {dtype_of(norm, dtype)}"
     return None
 
 
-def reason_of_layer(link: Link) -> str | None:
-    """Why a linear layer cannot be changed."""
-    if link.uses > 1:
-        return f"{link}, or a parameter of it, is used {link.uses} times"
-    defaults = inspect.signature(type(link.layer).__init__).parameters
+def reason_of_layer(neighbour: ChainLayer) -> str | None:
+    """Why nothing can be folded into this linear layer."""
+    if neighbour.uses > 1:
+        return f"{neighbour}, or a parameter of it, is used {neighbour.uses} times"
+    defaults = inspect.signature(type(neighbour.module).__init__).parameters
     for name in REPLACEABLE:
-        if name in defaults and getattr(link.layer, name) is not defaults[name].default:
-            return f"{link} has a {name} of its own"
+        if name in defaults and getattr(neighbour.module, name) is not defaults[name].default:
+            return f"{neighbour} sets {name}"
     return None
 
 
-def dtype_of(link: Link, x: DTypeLike | None = None) -> jnp.dtype:
-    """The dtype of a layer's result by flax's rule, of an x that is no wider than its values."""
-    if link.layer.dtype is not None:
-        return jnp.dtype(link.layer.dtype)
-    dtypes = [value.dtype for value in link.values.values()] + ([] if x is None else [x])
+def dtype_of(layer: ChainLayer, x: DTypeLike | None = None) -> jnp.dtype:
+    """The dtype of a layer's result by flax's rule, for an x of dtype x or of its parameters'."""
+    if layer.module.dtype is not None:
+        return jnp.dtype(layer.module.dtype)
+    dtypes = [value.dtype for value in layer.values.values()] + ([] if x is None else [x])
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)

@@ -1,11 +1,10 @@
-"""Which layer's result goes straight into which other, and nowhere else?
+"""Finds which layers follow each other in a model that is not a Sequential, by tracing it.
 
-A model without Sequentials is code, which only running it can tell: it is traced once on the shapes
-of an example, and every layer that matters marks what it gets and what it returns. Where a mark of
-what one layer returned goes into nothing but the mark of what another gets, the second follows the
-first. Three instances: conv, norm of a residual block (it does); conv, norm, where the result of
-conv is also added to something (it does not); conv and norm in different functions of a model (it
-does).
+The order of layers is in the model's code, so the model is traced once on the shapes of an example
+input. Every layer that matters marks its input and its result. If the marked result of one layer
+is used by nothing but the marked input of another, the second layer follows the first. So a norm
+follows the conv of a residual block, also if the two are called in different functions; but not if
+the conv's result is also added to something else.
 """
 
 from collections import Counter
@@ -17,17 +16,24 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bn_jax.inference.fold_chain import BATCH_NORMS, LINEAR, Fate, Link, Report, fold_chain
+from bn_jax.inference.fold_chain import (
+    BATCH_NORMS,
+    LINEAR,
+    ChainLayer,
+    FoldReport,
+    FoldResult,
+    fold_chain,
+)
 
-GETS, RETURNS = "bn_jax.fold: gets ", "bn_jax.fold: returns "
+INPUT, RESULT = "bn_jax.fold: input of ", "bn_jax.fold: result of "
 
 
-class Follows(NamedTuple):
-    """What a trace shows, by the names that the layers' marks bear.
+class Dataflow(NamedTuple):
+    """Which layer's result is which other layer's input, by the names in their marks.
 
     Attributes:
-        after: layer -> the layer that its result goes into.
-        before: layer -> the layer that it gets the result of, also where that goes elsewhere too.
+        after: layer -> the only layer that uses its result.
+        before: layer -> the layer whose result is its input, even if others use that result too.
         uses: how often each layer is called.
     """
 
@@ -37,19 +43,19 @@ class Follows(NamedTuple):
 
 
 def mark_call(name: str, call: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
-    """The result of a layer's call, both marked, for `read_marks`."""
+    """Call a layer, with marks on its input and its result for `read_marks`."""
     if inputs:
-        inputs = (checkpoint_name(inputs[0], GETS + name), *inputs[1:])
-    return checkpoint_name(call(*inputs, **options), RETURNS + name)
+        inputs = (checkpoint_name(inputs[0], INPUT + name), *inputs[1:])
+    return checkpoint_name(call(*inputs, **options), RESULT + name)
 
 
-def trace(function: Any, *arguments: Any) -> Follows:
-    """What the marks show that are made in a function.
+def trace(function: Any, *arguments: Any) -> Dataflow:
+    """The dataflow between the marked calls in a function.
 
     Args:
-        function: what makes them.
-        arguments: of any structure; arrays in it, or shapes and dtypes, are traced, and whatever
-            else there is, such as train=False, is passed on.
+        function: calls layers through `mark_call`.
+        *arguments: of the function, any trees. Arrays in them, or shapes and dtypes, are traced;
+            other leaves, such as train=False, are passed on.
 
     >>> def net(x, train):
     ...     x = mark_call("conv", lambda x: x * 2, [x], {})
@@ -64,32 +70,32 @@ def trace(function: Any, *arguments: Any) -> Follows:
         filled = dict(enumerate(leaves)) | dict(zip(traced, arrays, strict=True))
         return function(*jax.tree.unflatten(structure, list(filled.values())))
 
-    follows = Follows({}, {}, Counter())
-    read_marks(jax.make_jaxpr(run)(*(leaves[n] for n in traced)).jaxpr, follows)
-    return follows
+    dataflow = Dataflow({}, {}, Counter())
+    read_marks(jax.make_jaxpr(run)(*(leaves[n] for n in traced)).jaxpr, dataflow)
+    return dataflow
 
 
-def read_marks(jaxpr: Any, follows: Follows) -> None:
-    """Add to follows what the operations of a jaxpr show, and those inside of them."""
+def read_marks(jaxpr: Any, dataflow: Dataflow) -> None:
+    """Add the marks in a jaxpr, and in the jaxprs inside it, to dataflow."""
     consumers = Counter(id(v) for eqn in jaxpr.eqns for v in eqn.invars)
     consumers.update(id(v) for v in jaxpr.outvars)
     returned: dict[int, str] = {}
     for eqn in jaxpr.eqns:
         mark = str(eqn.params.get("name", "")) if eqn.primitive.name == "name" else ""
-        if mark.startswith(RETURNS):
-            returned[id(eqn.outvars[0])] = mark.removeprefix(RETURNS)
-            follows.uses[mark.removeprefix(RETURNS)] += 1
-        elif mark.startswith(GETS) and id(eqn.invars[0]) in returned:
-            name, before = mark.removeprefix(GETS), returned[id(eqn.invars[0])]
-            follows.before[name] = before
+        if mark.startswith(RESULT):
+            returned[id(eqn.outvars[0])] = mark.removeprefix(RESULT)
+            dataflow.uses[mark.removeprefix(RESULT)] += 1
+        elif mark.startswith(INPUT) and id(eqn.invars[0]) in returned:
+            name, before = mark.removeprefix(INPUT), returned[id(eqn.invars[0])]
+            dataflow.before[name] = before
             if consumers[id(eqn.invars[0])] == 1:
-                follows.after[before] = name
+                dataflow.after[before] = name
         for inner in inner_jaxprs(eqn.params):
-            read_marks(inner, follows)
+            read_marks(inner, dataflow)
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs in an operation's parameters: of jit, checkpoint, scan, cond."""
+    """The jaxprs among an operation's parameters, as in jit, checkpoint, scan and cond."""
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             jaxpr = getattr(each, "jaxpr", each)
@@ -98,45 +104,45 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def fold_followers(
-    links: dict[str, Link], follows: Follows
-) -> tuple[dict[str, dict[str, Array]], list[str], Report]:
-    """Fold the batch norms among layers that follow each other.
+    layers: dict[str, ChainLayer], dataflow: Dataflow
+) -> tuple[dict[str, dict[str, Array]], list[str], FoldReport]:
+    """Fold batch norms in every chain of layers that follow each other.
 
     Args:
-        links: the layers by the names in their marks, in the order of the model.
-        follows: what goes into what.
+        layers: the layers by the names in their marks, in the order of the model.
+        dataflow: which follows which.
 
     Returns:
-        New values of linear layers, the batch norms that are gone, and what became of all of them.
+        New parameters of linear layers, the names of folded batch norms, and the report.
     """
     values: dict[str, dict[str, Array]] = {}
     gone: list[str] = []
-    fates: dict[str, Fate] = {}
-    followers = set(follows.after.values())
-    for name in links:
-        if name in followers and links[name].uses == 1:
+    results: dict[str, FoldResult] = {}
+    followers = set(dataflow.after.values())
+    for name in layers:
+        if name in followers and layers[name].uses == 1:
             continue
-        # What is used twice ends a chain and starts another, or else a chain might never end.
+        # A layer used twice ends its chain and starts another; otherwise a chain could be a loop.
         names = [name]
-        while names[-1] in follows.after and (links[names[-1]].uses == 1 or len(names) == 1):
-            names.append(follows.after[names[-1]])
-        first = before(links, follows.before.get(name))
-        folding = fold_chain([first, *(links[name] for name in names), OTHER])
+        while names[-1] in dataflow.after and (layers[names[-1]].uses == 1 or len(names) == 1):
+            names.append(dataflow.after[names[-1]])
+        first = layer_before(layers, dataflow.before.get(name))
+        folding = fold_chain([first, *(layers[name] for name in names), OTHER])
         values |= {names[n - 1]: new for n, new in folding.values.items()}
         gone += [names[n - 1] for n in folding.gone]
-        norms = [name for name in names if type(links[name].layer) in BATCH_NORMS]
-        fates |= zip(norms, folding.fates, strict=True)
-    return values, gone, Report(fates[name] for name in links if name in fates)
+        norms = [name for name in names if type(layers[name].module) in BATCH_NORMS]
+        results |= zip(norms, folding.results, strict=True)
+    return values, gone, FoldReport(results[name] for name in layers if name in results)
 
 
-def before(links: dict[str, Link], name: str | None) -> Link:
-    """What is before a chain, as reasons name it: nothing to fold into."""
+def layer_before(layers: dict[str, ChainLayer], name: str | None) -> ChainLayer:
+    """A stand-in for what comes before a chain, to be named in reasons; not to be folded into."""
     if name is None:
         return OTHER
-    if links[name].uses > 1 and type(links[name].layer) in LINEAR:
-        return links[name]
-    kind = f"{type(links[name].layer).__name__}, whose result goes elsewhere too"
-    return Link(name, SimpleNamespace(__name__=kind), {})
+    if layers[name].uses > 1 and type(layers[name].module) in LINEAR:
+        return layers[name]
+    kind = f"{type(layers[name].module).__name__}, whose result goes elsewhere too"
+    return ChainLayer(name, SimpleNamespace(__name__=kind), {})
 
 
-OTHER = Link("other", SimpleNamespace(__name__="operations"), {})
+OTHER = ChainLayer("other", SimpleNamespace(__name__="operations"), {})

@@ -1,16 +1,16 @@
-"""Whole models without their batch norms, for inference: each is folded into a neighbour.
-
-Which layer follows which is known in flax's Sequentials, and of any other model once it is called:
-give an example of its input, or shapes and dtypes of one, and the model is traced on it.
+"""Fold the batch norms of a whole Flax model into their neighbours, for inference.
 
     module, variables, report = fold_linen(module, variables, images, train=False)
     model, report = fold_nnx(model, images)
 
-A model without its batch norms computes what the model computes at evaluation, by the running
-statistics, also if it was set to train. What was folded and what was not, and why, is in the
-report. For accuracy see `bn_jax.fold_dense`, for speed `bn_jax.bench.fold`: folding saves
-operations, compilation and arrays, and little time under jit on a CPU, where XLA fuses an unfolded
-batch norm with its neighbours.
+Both need to know which layer follows which. In flax's Sequential that is given by the order. For
+any other model, pass an example of its input (or its shapes and dtypes): the model is traced on it.
+
+The folded model computes what the original computes in evaluation, by its running statistics, even
+if the original was in training mode. The report says which batch norms were folded, and why the
+others were not. `bn_jax.fold_dense` describes the accuracy. Folding saves operations, arrays and
+compile time. On a CPU it saves little time under jit, where XLA fuses an unfolded batch norm with
+its neighbours; `bn_jax.bench.fold` measures it.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ import flax.linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bn_jax.inference.fold_chain import BATCH_NORMS, Fate, Link, Report
+from bn_jax.inference.fold_chain import BATCH_NORMS, ChainLayer, FoldReport, FoldResult
 from bn_jax.inference.fold_sequential import (
     fold_in_place,
     fold_sequential,
@@ -29,7 +29,7 @@ from bn_jax.inference.fold_sequential import (
     linen_layers,
     nnx_places,
 )
-from bn_jax.inference.fold_traced import Folded, fold_traced_linen, fold_traced_nnx
+from bn_jax.inference.fold_traced import FoldedModule, fold_traced_linen, fold_traced_nnx
 from bn_jax.layers.graph_mode import graph_mode
 
 __all__ = ["fold_linen", "fold_nnx", "identity"]
@@ -39,25 +39,27 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 def fold_linen(
     module: nn.Module, variables: Mapping[str, Any], *inputs: Any, **options: Any
-) -> tuple[nn.Sequential | Folded, dict[str, Any], Report]:
+) -> tuple[nn.Sequential | FoldedModule, dict[str, Any], FoldReport]:
     """A flax.linen model and its variables without batch norms.
 
     Args:
-        module: any module if inputs are given; else an nn.Sequential, in which others may be
-            nested, and whose layers keep their names: `identity` is where a batch norm was.
+        module: any module if inputs are given; otherwise an nn.Sequential, which may contain
+            others.
         variables: `params` and `batch_stats`, as from init or training; not changed.
-        *inputs: what `module.apply(variables, *inputs, **options)` takes at evaluation: arrays, or
-            shapes and dtypes.
-        **options: likewise, e.g. train=False.
+        *inputs: an example of what `module.apply(variables, *inputs, **options)` takes in
+            evaluation: arrays, or shapes and dtypes.
+        **options: keyword arguments of the same call, e.g. train=False.
 
     Returns:
-        A Sequential without inputs, else a `Folded`, whose apply takes what the module's does; its
-        variables, without those of what was folded; and what became of every batch norm.
+        (module, variables, report). With inputs, module is a `FoldedModule`, whose `apply` takes
+        what the original's takes. Without inputs, it is a Sequential whose layers keep their
+        names, with `identity` in place of a folded batch norm. variables lack those of the folded
+        batch norms. report has one entry for every batch norm.
 
     Raises:
-        TypeError: module is no nn.Sequential, and there are no inputs.
-        ValueError: variables lack one that is needed, or its shape does not fit; with these inputs,
-            a batch norm trains.
+        TypeError: module is not an nn.Sequential, and there are no inputs.
+        ValueError: a variable is missing, or its shape does not fit; with these inputs, a batch
+            norm is in training mode.
 
     >>> import jax, jax.numpy as jnp
     >>> from bn_jax.layers.linen import BatchNorm
@@ -78,7 +80,7 @@ def fold_linen(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"module is a {type(module).__name__}, but must be a flax.linen.Module; give an "
+            f"module is a {type(module).__name__}, but must be a flax.linen.Module; pass an "
             "nnx.Module to fold_nnx"
         )
     flat = flatten_dict(nn.unbox(dict(variables)))
@@ -86,35 +88,35 @@ def fold_linen(
         return fold_traced_linen(module, flat, variables, inputs, options)
     if type(module) is not nn.Sequential:
         raise TypeError(
-            f"module is a {type(module).__name__}, in which it is not known what follows what; "
+            f"module is a {type(module).__name__}, and the order of its layers is not known; "
             "give an example of its input too, fold_linen(module, variables, x), or its layers as "
             "flax.linen.Sequential"
         )
     uses = Counter(id(layer) for layer in linen_layers(module))
-    fates: list[Fate] = []
-    module = fold_sequential(module, flat, uses, (), fates, {})
-    return module, unflatten_dict(flat), Report(fates)
+    results: list[FoldResult] = []
+    module = fold_sequential(module, flat, uses, (), results, {})
+    return module, unflatten_dict(flat), FoldReport(results)
 
 
-def fold_nnx(model: Module, *inputs: Any, **options: Any) -> tuple[Module, Report]:
+def fold_nnx(model: Module, *inputs: Any, **options: Any) -> tuple[Module, FoldReport]:
     """A copy of a flax.nnx model without batch norms.
 
     Args:
-        model: any module if inputs are given; else an nnx.Sequential, or a module that has some,
-            in which `identity` is where a batch norm was. Not changed. What is used in several
-            places, layers or parameters, is left as it is.
-        *inputs: what the model takes at evaluation, `model(*inputs, **options)`: arrays, or shapes
-            and dtypes.
-        **options: likewise.
+        model: any module if inputs are given; otherwise an nnx.Sequential, or a module that
+            contains some. Not changed. Layers and parameters that are used in several places are
+            left alone.
+        *inputs: an example of what `model(*inputs, **options)` takes in evaluation: arrays, or
+            shapes and dtypes.
+        **options: keyword arguments of the same call.
 
     Returns:
-        The copy, and what became of every batch norm. Its Dropouts train as they did before:
-        `eval()` is still needed for these.
+        (model, report). Folded batch norms are replaced by an identity. Dropouts keep their mode,
+        so the copy still needs `eval()` if it has some. report has one entry for every batch norm.
 
     Raises:
-        TypeError: model is no nnx.Module.
-        ValueError: the shape of a parameter or statistic does not fit; a batch norm is told to
-            train by its call.
+        TypeError: model is not an nnx.Module.
+        ValueError: the shape of a parameter or statistic does not fit; the call puts a batch norm
+            in training mode.
 
     >>> import jax
     >>> from bn_jax.layers.nnx import BatchNorm
@@ -132,8 +134,8 @@ def fold_nnx(model: Module, *inputs: Any, **options: Any) -> tuple[Module, Repor
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}, but must be an nnx.Module; give layers as "
-            "nnx.Sequential(*layers), a linen module and its variables to fold_linen"
+            f"model is a {type(model).__name__}, but must be an nnx.Module; pass a list of layers "
+            "as nnx.Sequential(*layers), and a linen module to fold_linen"
         )
     with graph_mode():
         model = nnx.clone(model)
@@ -141,18 +143,18 @@ def fold_nnx(model: Module, *inputs: Any, **options: Any) -> tuple[Module, Repor
     uses = Counter(id(node) for _, node in places)
     if inputs:
         return model, fold_traced_nnx(model, uses, inputs, options)
-    nodes = {id(node): (path, node) for path, node in reversed(places)}  # by their first places
-    fates: list[Fate] = []
+    nodes = {id(node): (path, node) for path, node in reversed(places)}  # first place of each
+    results: list[FoldResult] = []
     within: set[int] = set()
     for path, node in reversed(nodes.values()):
         if isinstance(node, nnx.Sequential) and type(node).__call__ is nnx.Sequential.__call__:
             within |= set(map(id, node.layers))
-            fates += fold_in_place(node, path, uses)
+            results += fold_in_place(node, path, uses)
     for path, node in reversed(nodes.values()):
         if type(node) in BATCH_NORMS and id(node) not in within:
-            name = str(Link(".".join(path), node, {}))
-            fates.append(Fate(name, None, NOT_KNOWN))
-    return model, Report(fates)
+            name = str(ChainLayer(".".join(path), node, {}))
+            results.append(FoldResult(name, None, NEEDS_INPUT))
+    return model, FoldReport(results)
 
 
-NOT_KNOWN = "is in no Sequential: what it follows is known from a call: fold_nnx(model, x)"
+NEEDS_INPUT = "is not in a Sequential; to find the layers beside it, call fold_nnx(model, x)"

@@ -1,7 +1,8 @@
-"""Any model without batch norms, given an example of its input: linen's and nnx's way to it.
+"""Folds models that are not Sequentials, given an example of their input.
 
-Of linen, where layers exist only while a model is called, calls are intercepted: of a folded model
-too, whose code still calls its batch norms. Of nnx, layers are changed where they stand.
+A linen model makes its layers while it is called. So their calls are intercepted: once to trace the
+model, and whenever the folded model is applied, because its code still calls the batch norms. An
+nnx model holds its layers, and they are changed in place.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bn_jax.inference.fold_chain import BATCH_NORMS, LINEAR, Link, Report
-from bn_jax.inference.fold_dataflow import Follows, fold_followers, mark_call, trace
-from bn_jax.inference.fold_sequential import linen_values, nnx_link, nnx_places, set_values
+from bn_jax.inference.fold_chain import BATCH_NORMS, LINEAR, ChainLayer, FoldReport
+from bn_jax.inference.fold_dataflow import Dataflow, fold_followers, mark_call, trace
+from bn_jax.inference.fold_sequential import linen_values, nnx_layer, nnx_places, set_values
 from bn_jax.layers.graph_mode import graph_mode
 
 Path = tuple[str, ...]
@@ -25,13 +26,19 @@ FOLDABLE = (*LINEAR, *BATCH_NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Folded:
+class FoldedModule:
     """A linen model whose batch norms were folded. It is applied as a module is.
 
     Attributes:
-        module: the model; the names of its variables stay.
-        gone: paths of batch norms, which return what they get.
-        biased: paths of layers without bias, which now have one.
+        module: the original model; its variables keep their names.
+        gone: paths of the folded batch norms, which return their input.
+        biased: paths of the linear layers that gained a bias.
+
+    >>> net = nn.Sequential([nn.Dense(2, use_bias=False), nn.BatchNorm(True)])
+    >>> folded = FoldedModule(net, frozenset({("layers_1",)}), frozenset({("layers_0",)}))
+    >>> dense = {"kernel": jnp.eye(2), "bias": jnp.array([1.0, 2.0])}
+    >>> folded.apply({"params": {"layers_0": dense}}, jnp.zeros((1, 2))).tolist()
+    [[1.0, 2.0]]
     """
 
     module: nn.Module
@@ -39,7 +46,7 @@ class Folded:
     biased: frozenset[Path]
 
     def apply(self, variables: Mapping[str, Any], *inputs: Any, **options: Any) -> Any:
-        """What `module.apply` computes at evaluation; takes the same, given folded variables."""
+        """Apply the folded model; takes what `module.apply` takes in evaluation."""
         with nn.intercept_methods(functools.partial(call_folded, self.gone, self.biased)):
             return self.module.apply(variables, *inputs, **options)
 
@@ -52,7 +59,7 @@ def call_folded(
     options: Any,
     context: Any,
 ) -> Any:
-    """A method's call in a folded model."""
+    """Intercept a call in a folded model: skip folded batch norms, and add new biases."""
     layer = context.module
     if context.method_name != "__call__" or type(layer) not in FOLDABLE:
         return call(*inputs, **options)
@@ -71,8 +78,8 @@ def fold_traced_linen(
     variables: Mapping[str, Any],
     inputs: tuple[Any, ...],
     options: dict[str, Any],
-) -> tuple[Folded, dict[str, Any], Report]:
-    """The folded model, its variables and the report; changes flat."""
+) -> tuple[FoldedModule, dict[str, Any], FoldReport]:
+    """The folded model, its variables and the report; changes `flat`."""
     found: dict[str, Any] = {}
     sizes: dict[str, int] = {}
 
@@ -92,14 +99,14 @@ def fold_traced_linen(
         with nn.intercept_methods(intercept):
             return module.apply(variables, *inputs, **options)
 
-    follows = trace(run, dict(variables), inputs, options)
-    links = {}
+    dataflow = trace(run, dict(variables), inputs, options)
+    chain_layers = {}
     for name, layer in found.items():
         values = linen_values(layer, flat, layer.path)
-        # Of a layer inside of scan or vmap, the variables have those of all its copies.
+        # The variables of a layer inside scan or vmap hold those of all its copies.
         copies = sum(jnp.size(value) for value in values.values()) // sizes[name]
-        links[name] = Link(name, layer, values, follows.uses[name] * copies)
-    values, gone, report = fold_followers(links, follows)
+        chain_layers[name] = ChainLayer(name, layer, values, dataflow.uses[name] * copies)
+    values, gone, report = fold_followers(chain_layers, dataflow)
     for name, new in values.items():
         flat.update({("params", *found[name].path, key): value for key, value in new.items()})
     for name in gone:
@@ -107,11 +114,11 @@ def fold_traced_linen(
             del flat[key]
     biased = frozenset(found[name].path for name in values if not found[name].use_bias)
     paths = frozenset(found[name].path for name in gone)
-    return Folded(module, paths, biased), unflatten_dict(flat), report
+    return FoldedModule(module, paths, biased), unflatten_dict(flat), report
 
 
 class Identity(nnx.Module):
-    """What is left of an nnx batch norm that was folded: it returns what it gets."""
+    """Stands in place of a folded nnx batch norm, and returns its input."""
 
     def __call__(self, x: Any, *rest: Any, **options: Any) -> Any:
         """X."""
@@ -120,26 +127,26 @@ class Identity(nnx.Module):
 
 def fold_traced_nnx(
     model: nnx.Module, uses: Counter[int], inputs: tuple[Any, ...], options: dict[str, Any]
-) -> Report:
-    """Fold the batch norms of a model where they stand.
+) -> FoldReport:
+    """Fold the batch norms of a model in place.
 
     Args:
-        model: is changed.
-        uses: in how many places of the model each layer and variable is, by id.
-        inputs: of its call.
-        options: likewise.
+        model: to be changed.
+        uses: in how many places of the model each layer and variable is used, by id.
+        inputs: an example of the model's arguments.
+        options: its keyword arguments.
     """
     layers = {}
-    for path, node in reversed(list(nnx_places(model, (), set()))):  # by their first places
+    for path, node in reversed(list(nnx_places(model, (), set()))):  # first place of each
         if type(node) in FOLDABLE:
             layers[id(node)] = (".".join(path), node)
     layers = dict(reversed(layers.values()))
-    follows = trace_nnx(model, inputs, options)
-    links = {}
+    dataflow = trace_nnx(model, inputs, options)
+    chain_layers = {}
     for name, layer in layers.items():
-        link = nnx_link(layer, name, uses)
-        links[name] = link._replace(uses=max(link.uses, follows.uses[name]))
-    values, gone, report = fold_followers(links, follows)
+        found = nnx_layer(layer, name, uses)
+        chain_layers[name] = found._replace(uses=max(found.uses, dataflow.uses[name]))
+    values, gone, report = fold_followers(chain_layers, dataflow)
     for name, new in values.items():
         set_values(layers[name], new)
     for name in gone:
@@ -150,8 +157,8 @@ def fold_traced_nnx(
     return report
 
 
-def trace_nnx(model: nnx.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Follows:
-    """What follows what in a call of the model, as at evaluation."""
+def trace_nnx(model: nnx.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Dataflow:
+    """The dataflow between the layers of a model when it is called in evaluation."""
     with graph_mode():
         marked = nnx.clone(model)
         marked.eval()
@@ -175,10 +182,10 @@ def trace_nnx(model: nnx.Module, inputs: tuple[Any, ...], options: dict[str, Any
 def check_evaluates(
     name: str, layer: Any, inputs: Any, options: Mapping[str, Any], kind: type | None = None
 ) -> None:
-    """Refuse a batch norm that is called to train, which no other layer can do for it.
+    """Refuse a batch norm in training mode: no other layer can use the batch's statistics.
 
     Raises:
-        ValueError: it is.
+        ValueError: the call trains.
     """
     if (kind or type(layer)) not in BATCH_NORMS:
         return
@@ -186,14 +193,14 @@ def check_evaluates(
     evaluate = layer.use_running_average if evaluate is None else evaluate
     if not evaluate:
         raise ValueError(
-            f"{name} is called to train, by the batch's own statistics; give what the model takes "
-            "at evaluation, e.g. fold_linen(module, variables, x, train=False)"
+            f"{name} is called in training mode, by the batch's statistics; pass what the model "
+            "takes in evaluation, e.g. fold_linen(module, variables, x, train=False)"
         )
 
 
 @functools.cache
 def marking(kind: type) -> type:
-    """A class of layers that mark what they get and return."""
+    """A subclass of a layer class whose calls are marked."""
 
     def call(self: Any, *inputs: Any, **options: Any) -> Any:
         check_evaluates(self.fold_name, self, inputs, options, kind)

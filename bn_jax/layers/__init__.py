@@ -1,3 +1,3 @@
-"""Framework shells around the core, without arithmetic of their own."""
+"""Batch norm layers for Flax. All arithmetic is the core's."""
 
 from bn_jax.layers.single_value import SingleValueWarning as SingleValueWarning

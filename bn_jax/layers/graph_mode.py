@@ -1,7 +1,7 @@
-"""Flax's graph mode, in which layers and parameters may be shared.
+"""Flax's graph mode, in which a model may use a layer or a parameter twice.
 
-Flax plans to make tree mode the default. It refuses a model that uses a layer twice, which swapping
-and folding can go through in graph mode.
+Flax plans to make its tree mode the default, which refuses such models. Swapping and folding accept
+them, so they switch to graph mode.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from flax import nnx
 
 
 def graph_mode() -> AbstractContextManager[Any]:
-    """A context in which flax's functions take graphs; does nothing where flax has no other mode.
+    """A context in which flax's functions run in graph mode; older flax has no other mode.
 
     >>> shared = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     >>> with graph_mode():

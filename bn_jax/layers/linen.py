@@ -30,52 +30,47 @@ class BatchNorm(nn.BatchNorm):
     """Batch normalization with flax.linen's constructor, variables and call.
 
     Training normalizes each feature by the batch, y = γ (x - μ)/√(σ² + ε) + β, and moves the
-    collection `batch_stats` (`mean`, `var`) towards μ and σ²; it must be mutable in `apply`.
-    Evaluation normalizes by the collection. The parameters γ and β are `scale` and `bias`.
+    collection `batch_stats` (`mean`, `var`) towards μ and σ². The collection must be mutable in
+    `apply`. Evaluation normalizes by the collection. The parameters γ and β are `scale` and `bias`.
 
     Differs from flax.linen.BatchNorm in
 
-    - accuracy: a mean that is large against the spread costs no digits, whatever
-      `use_fast_variance` says;
-    - masks: what is masked out may hold anything, NaN included, and spoils no gradient; float
-      masks are weights; with `axis_name`, every member counts by its number of unmasked values;
+    - accuracy: no digits are lost where the mean is large compared with the standard deviation,
+      whatever `use_fast_variance` says;
+    - masks: masked-out values may be anything, NaN included, without harm to the gradients; a
+      float mask holds weights; with `axis_name`, each device counts by its unmasked values;
     - the running statistics: an empty or fully masked batch, or a feature whose moments are not
-      finite, leaves them as they were, and no gradient flows into them;
-    - training with one value per feature, which warns (`bn_jax.layers.SingleValueWarning`) that y
-      is `bias` and the running variance moves towards 0;
-    - mixed dtypes, which also work where JAX's promotion is strict.
+      finite, leaves them unchanged, and no gradient flows into them;
+    - training with one value per feature: y is `bias`, the running variance moves towards 0, and
+      `bn_jax.layers.SingleValueWarning` says so;
+    - mixed dtypes: they work under JAX's strict promotion too.
 
     Attributes:
-        use_running_average: normalize by the running statistics (True: evaluation) or by the
-            batch (False: training); given either here or in the call.
-        axis: the feature axis, or several: all others are batch.
-        momentum: the weight of the past in the running statistics, as in flax; torch's momentum
-            is one minus this. May be an array or traced, of one value or one per feature.
-        epsilon: added to the variance.
-        dtype: of the result; None for the common dtype of x, scale and bias. Statistics are
-            computed in float32 at least.
-        param_dtype: of scale and bias.
-        use_bias: learn β.
-        use_scale: learn γ.
-        bias_init: initializer of β.
-        scale_init: initializer of γ.
-        axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
-            pmap. Under plain jit there is nothing to name: the batch is whole.
-        axis_index_groups: pool within groups of that axis only, a partition of its indices. Works
-            under vmap and shard_map too.
-        use_fast_variance: no effect, accepted for flax's sake: there is one way to compute the
-            variance, in one pass and without cancellation.
-        force_float32_reductions: no effect, accepted for flax's sake: reductions and new
-            `batch_stats` are float32 also if it is False, where flax's are in param_dtype.
-        average: how much of the past the running statistics keep, count -> weight, e.g.
-            `bn_jax.DebiasedEma(0.99)`, which is right from the first step on, or any optax
-            schedule. It replaces momentum, and needs a third variable in `batch_stats`, `count`.
-            Where a checkpoint has none, its statistics stand for 1000 batches. None is flax's
-            average, `bn_jax.Ema(momentum)`, without that variable.
-        unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
-        group_size: ghost batch norm: each group of this many examples, neighbours on the leading
-            batch axis, is normalized by its own statistics; what is remembered are those of all
-            groups together. None for the whole batch.
+        use_running_average: as in flax: True normalizes by the running statistics (evaluation),
+            False by the batch (training). Give it either here or in the call.
+        axis: as in flax: the feature axis, or several. All other axes are batch axes.
+        momentum: as in flax: the weight of the past in the running statistics. torch's momentum is
+            one minus this. May be an array or traced, with one value or one per feature.
+        epsilon, param_dtype, use_bias, use_scale, bias_init, scale_init: as in flax.
+        dtype: of the result. None takes the common dtype of x, scale and bias. Statistics are
+            computed in at least float32.
+        axis_name: as in flax: pool the statistics over this named axis, or several. Under plain
+            `jit` it is not needed, because the statistics are those of the whole batch anyway.
+        axis_index_groups: as in flax: pool within these groups of the axis's indices. Also works
+            under `vmap` and `shard_map`.
+        use_fast_variance, force_float32_reductions: accepted for compatibility, without effect.
+            The variance is computed in one pass without cancellation; reductions and new
+            `batch_stats` are at least float32.
+        average: the moving average, a function from the number of batches seen to the weight of
+            the past: `bn_jax.DebiasedEma(0.99)`, which is right from the first step, or an optax
+            schedule. It replaces `momentum` and adds the variable `count` to `batch_stats`. If a
+            checkpoint has no `count`, its statistics weigh as much as 1000 batches. None is
+            flax's average, `bn_jax.Ema(momentum)`, without `count`.
+        unbiased: multiply the running variance by m/(m - 1), as the paper and torch do. False is
+            flax's behaviour.
+        group_size: ghost batch norm: every group of this many neighbouring examples on the leading
+            batch axis is normalized by its own statistics. The running statistics take all groups
+            together. None normalizes the whole batch.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
@@ -88,7 +83,7 @@ class BatchNorm(nn.BatchNorm):
     >>> y = layer.apply(variables | updates, x[:1], use_running_average=True)
     """
 
-    # The fields that flax's class has not, or in a narrower type.
+    # Fields that flax's class lacks, or declares with a narrower type.
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     average: Average | None = None
@@ -105,27 +100,27 @@ class BatchNorm(nn.BatchNorm):
     ) -> Array:
         """Normalize x by its own statistics (training) or by the running ones (evaluation).
 
-        Initialization normalizes by the batch if it trains, be it a batch of one, but updates
-        nothing and needs no `axis_name`.
+        In training mode, `init` normalizes by the batch too, but it does not update the running
+        statistics, does not need `axis_name` to be bound, and accepts a batch of one.
 
         Args:
-            x: any shape; integers are taken as float32.
+            x: any shape; integers are converted to float32.
             use_running_average: as in the constructor, if it was not given there.
-            mask: which values count in the batch's statistics: True counts; an integer k counts as
-                k copies of the value; floats are importances, on any scale. Of x's shape, of x's
-                shape without its feature axes, or broadcastable to either. At evaluation, it only
-                tells what is padding.
+            mask: which values the batch's statistics are computed over. True includes a value, an
+                integer k counts it k times, and floats are weights, on any scale. The shape is
+                x's, or x's without the feature axes, or broadcastable to either. In evaluation it
+                only marks padding.
 
         Returns:
-            y, of x's shape; see `dtype`.
+            y, with x's shape; its dtype is described at `dtype`.
 
         Raises:
             TypeError: use_running_average is traced.
-            ValueError: use_running_average is given twice or not at all; a variable does not fit
-                x, or mask does not, or does in two ways; axis_index_groups do not hold each index
-                of the axis once.
-            NameError: axis_name is not bound here.
-            flax.errors.ModifyScopeVariableError: training while `batch_stats` is not mutable.
+            ValueError: use_running_average is given twice or not at all; the shape of a variable
+                does not fit x; the shape of mask does not fit x, or fits in two ways;
+                axis_index_groups do not contain every index of the axis once.
+            NameError: axis_name is not bound.
+            flax.errors.ModifyScopeVariableError: a training step while `batch_stats` is immutable.
         """
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -150,7 +145,7 @@ class BatchNorm(nn.BatchNorm):
         where = read_mask(mask, x, axes)
 
         if self.is_initializing() and not evaluate:
-            # Without averages and axis_name, and without a word about one value per feature.
+            # No running statistics, no collective, and no warning about one value per feature.
             batch = measure(x, feature_axis=axes, where=where)
             options = {"epsilon": self.epsilon, "feature_axis": axes, "where": where}
             return normalize(x, batch.mean, batch.var, params, **options).astype(result)

@@ -39,69 +39,64 @@ class BatchNorm(nnx.BatchNorm):
     Evaluation (`eval()`, or use_running_average=True) normalizes by `mean` and `var`. The
     parameters γ and β are `scale` and `bias` (`nnx.Param`, or None).
 
-    A call in training writes to the module, so go through nnx's transforms (nnx.jit, nnx.grad,
-    nnx.vmap, nnx.scan, nnx.remat), which carry the new statistics out. Inside of JAX's own, a
-    module from outside cannot be written to. Take it apart outside,
-    `graph, params, rest = nnx.split(model, nnx.Param, ...)`; put it together inside,
-    `model = nnx.merge(graph, params, rest, copy=True)`; and return
-    `nnx.state(model, nnx.BatchStat)`, for `nnx.update` outside.
+    A call in training writes to the module. nnx's transforms (nnx.jit, nnx.grad, nnx.vmap,
+    nnx.scan, nnx.remat) carry the new statistics out. JAX's own transforms cannot write to a
+    module from outside. There, split the module outside,
+    `graph, params, rest = nnx.split(model, nnx.Param, ...)`, merge it inside,
+    `model = nnx.merge(graph, params, rest, copy=True)`, and return
+    `nnx.state(model, nnx.BatchStat)`, which `nnx.update` stores outside.
 
-    Under nnx.vmap, a layer that all members share has one set of statistics: pool them, with
-    axis_name here and in nnx.vmap. For statistics of each member's own, give them an axis, here as
-    where the layer is made: in_axes=(nnx.StateAxes({nnx.BatchStat: 0, ...: None}), 0). Without
-    either, JAX refuses the batched output.
+    Under nnx.vmap, a layer that all members share has one set of statistics: pool them by giving
+    the same axis_name here and to nnx.vmap. For statistics per member, give them an axis, both
+    where the layer is made and where it is called:
+    in_axes=(nnx.StateAxes({nnx.BatchStat: 0, ...: None}), 0). Without either, JAX refuses the
+    batched output.
 
     Differs from flax.nnx.BatchNorm in
 
-    - accuracy: a mean that is large against the spread costs no digits, whatever
-      `use_fast_variance` says;
-    - evaluation with a half-precision `dtype`, for which mean and var are not rounded;
-    - masks: what is masked out may hold anything, NaN included, and spoils no gradient; floats
-      are weights; with `axis_name`, every member counts by its number of unmasked values;
+    - accuracy: no digits are lost where the mean is large compared with the standard deviation,
+      whatever `use_fast_variance` says;
+    - evaluation with a half-precision `dtype`: mean and var are not rounded to it;
+    - masks: masked-out values may be anything, NaN included, without harm to the gradients; a
+      float mask holds weights; with `axis_name`, each device counts by its unmasked values;
     - the running statistics: an empty or fully masked batch, or a feature whose moments are not
-      finite, leaves them as they were, and no gradient flows into them;
-    - training with one value per feature, which warns (`bn_jax.layers.SingleValueWarning`) that y
-      is `bias` and the running variance moves towards 0;
-    - several feature axes, which need their sizes in `num_features`;
-    - mixed dtypes, which also work where JAX's promotion is strict.
+      finite, leaves them unchanged, and no gradient flows into them;
+    - training with one value per feature: y is `bias`, the running variance moves towards 0, and
+      `bn_jax.layers.SingleValueWarning` says so;
+    - several feature axes: `num_features` must be their shape;
+    - mixed dtypes: they work under JAX's strict promotion too.
 
     Args:
-        num_features: how many features, or a shape if axis names several axes.
-        use_running_average: normalize by the running statistics (True: evaluation) or by the
-            batch (False: training). The call's argument, if given, goes before this.
-        axis: the feature axis, or several: all others are batch.
-        momentum: the weight of the past in the running statistics, as in flax; torch's momentum
-            is one minus this. May be an array, a variable or traced, of one value or one per
+        num_features: how many features; a shape if there are several feature axes.
+        use_running_average: as in flax: True normalizes by the running statistics (evaluation),
+            False by the batch (training). The call's argument, if given, overrides it.
+        axis: as in flax: the feature axis, or several. All other axes are batch axes.
+        momentum: as in flax: the weight of the past in the running statistics. torch's momentum is
+            one minus this. May be an array, a variable or traced, with one value or one per
             feature.
-        epsilon: added to the variance.
-        dtype: of the result; None for the common dtype of x, mean, var, scale and bias.
-            Statistics are computed in float32 at least, but of x rounded to dtype, as in flax.
-        param_dtype: of scale and bias.
-        use_bias: learn β.
-        use_scale: learn γ.
-        bias_init: initializer of β.
-        scale_init: initializer of γ.
-        axis_name: pool the statistics over this named axis, or several, of vmap, shard_map or
-            pmap. Under plain jit there is nothing to name: the batch is whole.
-        axis_index_groups: pool within groups of that axis only, a partition of its indices. Works
-            under vmap and shard_map too.
-        use_fast_variance: no effect, accepted for flax's sake: there is one way to compute the
-            variance, in one pass and without cancellation.
-        promote_dtype: (x, mean, var, scale, bias), dtype -> the same in a common dtype. What it
-            makes of mean and var is not used.
-        rngs: for the initializers.
-        bias_metadata: of the variable bias.
-        scale_metadata: of the variable scale.
-        average: how much of the past the running statistics keep, count -> weight, e.g.
-            `bn_jax.DebiasedEma(0.99)`, which is right from the first step on, or any optax
-            schedule. It replaces momentum, and needs a third `nnx.BatchStat`, `count`, which it
-            gets also if it is set later, e.g. by `set_attributes`. None is flax's average,
-            `bn_jax.Ema(momentum)`, without that variable. Statistics that were learned without a
-            count, or loaded, stand for 1000 batches.
-        unbiased: the running variance gets m/(m - 1), as in the paper and torch. False is flax.
-        group_size: ghost batch norm: each group of this many examples, neighbours on the leading
-            batch axis, is normalized by its own statistics; what is remembered are those of all
-            groups together. None for the whole batch.
+        epsilon, param_dtype, use_bias, use_scale, bias_init, scale_init: as in flax.
+        dtype: of the result. None takes the common dtype of x, mean, var, scale and bias. As in
+            flax, x is rounded to it first; the statistics are then computed in at least float32.
+        axis_name: as in flax: pool the statistics over this named axis, or several. Under plain
+            `jit` it is not needed, because the statistics are those of the whole batch anyway.
+        axis_index_groups: as in flax: pool within these groups of the axis's indices. Also works
+            under `vmap` and `shard_map`.
+        use_fast_variance: accepted for compatibility, without effect. The variance is computed in
+            one pass without cancellation.
+        promote_dtype: as in flax: a function of (x, mean, var, scale, bias) and dtype that returns
+            them in a common dtype. The mean and var that it returns are not used.
+        rngs, bias_metadata, scale_metadata: as in flax.
+        average: the moving average, a function from the number of batches seen to the weight of
+            the past: `bn_jax.DebiasedEma(0.99)`, which is right from the first step, or an optax
+            schedule. It replaces `momentum` and adds the variable `count` (`nnx.BatchStat`), also
+            if it is set later, such as by `set_attributes`. Statistics that were learned without a
+            `count`, or loaded, weigh as much as 1000 batches. None is flax's average,
+            `bn_jax.Ema(momentum)`, without `count`.
+        unbiased: multiply the running variance by m/(m - 1), as the paper and torch do. False is
+            flax's behaviour.
+        group_size: ghost batch norm: every group of this many neighbouring examples on the leading
+            batch axis is normalized by its own statistics. The running statistics take all groups
+            together. None normalizes the whole batch.
 
     >>> import jax
     >>> from flax import nnx
@@ -169,7 +164,7 @@ class BatchNorm(nnx.BatchNorm):
         self.group_size = group_size
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; an average, also a later one, gets the count it needs."""
+        """Set an attribute; setting `average` also creates the variable `count` that it needs."""
         super().__setattr__(name, value)
         if name == "average" and value is not None and getattr(self, "count", value) is None:
             self.count = nnx.BatchStat(jnp.zeros_like(self.mean[...], jnp.float32))
@@ -184,23 +179,23 @@ class BatchNorm(nnx.BatchNorm):
         """Normalize x by its own statistics (training) or by the running ones (evaluation).
 
         Args:
-            x: any shape; integers are taken as floats.
-            use_running_average: goes before the constructor's.
-            mask: which values count in the batch's statistics: True counts; an integer k counts as
-                k copies of the value; floats are importances, on any scale. Of x's shape, of x's
-                shape without its feature axes, or broadcastable to either. At evaluation, it only
-                tells what is padding.
+            x: any shape; integers are converted to floats.
+            use_running_average: overrides the constructor's.
+            mask: which values the batch's statistics are computed over. True includes a value, an
+                integer k counts it k times, and floats are weights, on any scale. The shape is
+                x's, or x's without the feature axes, or broadcastable to either. In evaluation it
+                only marks padding.
 
         Returns:
-            y, of x's shape; see `dtype`.
+            y, with x's shape; its dtype is described at `dtype`.
 
         Raises:
             TypeError: use_running_average is traced.
-            ValueError: use_running_average is given nowhere; a variable does not fit x, or mask
-                does not, or does in two ways.
-            NameError: axis_name is not bound here.
-            flax.errors.TraceContextError: training inside of one of JAX's own transforms, while
-                the module is from outside.
+            ValueError: use_running_average is given nowhere; the shape of a variable does not fit
+                x; the shape of mask does not fit x, or fits in two ways.
+            NameError: axis_name is not bound.
+            flax.errors.TraceContextError: a training step inside one of JAX's own transforms, with
+                a module from outside.
         """
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
@@ -244,7 +239,7 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def remember(variable: nnx.BatchStat[Array], value: Array) -> None:
-    """Give a variable its new value; `[...]` would round a wider one to the dtype of the old."""
+    """Store a new value; plain `variable[...] = value` would round it to the old dtype."""
     if variable[...].dtype == value.dtype:
         variable[...] = value
     else:

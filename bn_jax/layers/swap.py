@@ -1,9 +1,9 @@
-"""An existing model with our batch norms in the place of flax's, and back.
+"""Replace flax's batch norms in an existing model by ours, and back.
 
-For flax.nnx, whose modules hold their values, `swap` does it in place. A flax.linen module makes
-its layers when it is called, and its variables are the same for both: where it takes the
-normalization as an argument, pass `bn_jax.layers.linen.BatchNorm`; where it names `nn.BatchNorm`,
-change that import, or for code that is not yours, replace the name while it runs:
+An nnx module holds its layers, so `swap` replaces them in place. A linen module makes its layers
+when it is called, and its variables are the same for both. If it takes the normalization as an
+argument, pass `bn_jax.layers.linen.BatchNorm`. If it names `nn.BatchNorm`, change that import. If
+the code is not yours, replace the name while it runs:
 
 >>> import flax.linen as nn, jax, jax.numpy as jnp
 >>> from unittest.mock import patch
@@ -28,14 +28,15 @@ from flax import nnx
 from bn_jax.layers.graph_mode import graph_mode
 from bn_jax.layers.nnx import BatchNorm
 
-OURS_ALONE: dict[str, Any] = {"average": None, "unbiased": False, "group_size": None}
+OURS_ONLY: dict[str, Any] = {"average": None, "unbiased": False, "group_size": None}
+"""Settings that flax's layer lacks, with the values at which both layers do the same."""
 
 
 def swap(model: nnx.Module) -> list[str]:
-    """Make every flax.nnx.BatchNorm of a model ours, in place.
+    """Turn every flax.nnx.BatchNorm of a model into ours, in place.
 
-    The layers stay the objects they are, and so do their variables, so that optimizers, views and
-    whatever else refers to them go on; only what they do is another's. Subclasses stay as they are.
+    The layers and their variables stay the same objects, so optimizers, views and other references
+    to them remain valid. Subclasses of flax's layer are left alone.
 
     Args:
         model: any module of flax.nnx.
@@ -48,52 +49,52 @@ def swap(model: nnx.Module) -> list[str]:
     >>> swap(model), type(model.layers[1]).__module__
     (['layers.1'], 'bn_jax.layers.nnx')
     """
-    found = layers(model, nnx.BatchNorm)
+    found = find_layers(model, nnx.BatchNorm)
     for layer in found.values():
-        become(layer, BatchNorm)
+        change_class(layer, BatchNorm)
     return list(found)
 
 
 def swap_back(model: nnx.Module) -> list[str]:
-    """Make every batch norm of ours flax's own again, in place; the inverse of `swap`.
+    """Turn every batch norm of ours back into flax's own, in place; the inverse of `swap`.
 
     Returns:
         The paths of the layers that were swapped.
 
     Raises:
-        ValueError: a layer has an average, unbiased or group_size, which flax's has not. No layer
-            is swapped then.
+        ValueError: a layer has an average, unbiased or group_size, which flax's layer lacks. No
+            layer is swapped then.
 
     >>> model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     >>> swap(model) == swap_back(model), type(model.layers[0]) is nnx.BatchNorm
     (True, True)
     """
-    found = layers(model, BatchNorm)
+    found = find_layers(model, BatchNorm)
     for path, layer in found.items():
-        for name, value in OURS_ALONE.items():
+        for name, value in OURS_ONLY.items():
             if getattr(layer, name) != value:
                 raise ValueError(
                     f"{path} has {name}={getattr(layer, name)}, which flax's BatchNorm cannot do; "
-                    f"set it to {value} first, if the model is to go on without"
+                    f"set it to {value} first if the model can do without"
                 )
     for layer in found.values():
-        become(layer, nnx.BatchNorm)
+        change_class(layer, nnx.BatchNorm)
     return list(found)
 
 
-def layers(model: nnx.Module, kind: type) -> dict[str, Any]:
-    """The modules of exactly one class, each once, by their paths."""
+def find_layers(model: nnx.Module, kind: type) -> dict[str, Any]:
+    """Path -> layer, for the layers of exactly this class; a layer used twice is listed once."""
     with graph_mode():
         nodes = list(nnx.iter_graph(model))
     return {".".join(map(str, path)): node for path, node in nodes if type(node) is kind}
 
 
-def become(layer: Any, kind: type) -> None:
-    """Make a layer one of another class, as if its constructor had made it of the same settings."""
+def change_class(layer: Any, kind: type) -> None:
+    """Change a layer's class as if the other constructor had made it with the same settings."""
     settings = inspect.signature(kind.__init__).parameters.keys() & vars(layer).keys()
     other = kind(**{name: getattr(layer, name) for name in settings}, rngs=nnx.Rngs(0))
     for name in ("mean", "var", "scale", "bias"):
         setattr(other, name, getattr(layer, name))
-    object.__setattr__(layer, "__class__", kind)  # nnx would make a note of it
+    object.__setattr__(layer, "__class__", kind)  # past nnx's own __setattr__
     vars(layer).clear()
     vars(layer).update(vars(other))

@@ -1,7 +1,7 @@
-"""Flax's arguments in the core's words: what the two shells have in common.
+"""Translates flax's arguments into the core's, for the linen and the nnx layer.
 
-Three instances: the rule for the dtype of the result, the reading of a mask, the moving average of
-a momentum. No arithmetic; the core does all of it.
+For example: flax's rule for the dtype of the result, flax's masks, and the moving average that a
+`momentum` stands for.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from bn_jax.core.normalize import BatchNormParams
 
 
 def promote(x: Array, params: BatchNormParams, dtype: DTypeLike | None) -> tuple[Array, jnp.dtype]:
-    """X, wide enough for the result, and the dtype of the result by flax's rule.
+    """X, converted if the result is wider, and the dtype of the result by flax's rule.
 
-    The result has `dtype`, or if that is None the common dtype of x, scale and bias: a half
-    precision x and float32 parameters give float32. Integers are taken as float32, as in flax.
-    Done under the standard promotion rules, since it is flax's rule, whatever the user's are.
+    The result has `dtype`, or if that is None the common dtype of x, scale and bias: a bfloat16 x
+    and float32 parameters give float32. Integers become float32, as in flax. The common dtype
+    follows JAX's standard promotion rules, even where the user has set strict ones.
 
     Raises:
         ValueError: dtype is not inexact.
@@ -45,7 +45,7 @@ def promote(x: Array, params: BatchNormParams, dtype: DTypeLike | None) -> tuple
 
 
 def mean_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
-    """What the running mean is stored in: float32, or complex64 where anything is complex.
+    """The dtype of the running mean: float32, or complex64 if any of the dtypes is complex.
 
     >>> mean_dtype(jnp.bfloat16, None).name, mean_dtype(jnp.float32, jnp.complex64).name
     ('float32', 'complex64')
@@ -56,7 +56,7 @@ def mean_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
 
 
 def batches_seen(count: Array | None, mean: Array) -> Array:
-    """The count for the core, float32 at least if it is a float; 0 where nothing counts."""
+    """The count for the core: 0 without a count variable; floats become at least float32."""
     if count is None:
         return jnp.zeros_like(mean, jnp.float32)
     is_float = jnp.issubdtype(count.dtype, jnp.floating)
@@ -64,38 +64,43 @@ def batches_seen(count: Array | None, mean: Array) -> Array:
 
 
 def flax_average(momentum: Any) -> Average:
-    """Flax's moving average, whose momentum may be traced, or one value per feature.
+    """The moving average of a flax `momentum`, which may be traced, or hold a value per feature.
 
     >>> flax_average(0.9)
     Ema(decay=0.9)
     """
-    return PerFeature(momentum) if np.ndim(momentum) else Ema(momentum)
+    return PerFeatureEma(momentum) if np.ndim(momentum) else Ema(momentum)
 
 
 @dataclasses.dataclass(frozen=True)
-class PerFeature:
-    """An exponential moving average of a decay per feature."""
+class PerFeatureEma:
+    """An exponential moving average with one decay per feature.
+
+    >>> average = PerFeatureEma(jnp.array([0.0, 0.5]))
+    >>> average.weights(0)[1].tolist()
+    [1.0, 0.5]
+    """
 
     decay: Array
 
     def __call__(self, count: ArrayLike) -> ArrayLike:
-        """The weights kept of the past."""
+        """The weight of the past, per feature."""
         return self.decay
 
     def weights(self, count: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
-        """The weights of the past and of the new batch, for all features."""
+        """The weights of the past and of the new batch, per feature."""
         return self.decay, 1 - self.decay
 
 
 def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarray | None:
-    """A mask as the core's `where`.
+    """A mask of flax's as the core's `where`.
 
-    A mask of x's rank stays as it is. One of lower rank is read against x without its feature
-    axes (one value per example), as in the core, or against the last axes of x, as in flax.
-    Integers count, as in the core; of 0 and 1 that is flax's meaning too.
+    A mask of x's rank is passed on. A mask of lower rank can mean two things: one value per
+    example, as in the core (x's shape without its feature axes), or x's last axes, as in flax.
+    Integers count values, as in the core; for 0 and 1 that is flax's meaning too.
 
     Raises:
-        ValueError: both readings fit x, and they differ.
+        ValueError: both meanings fit x's shape, and they differ.
 
     >>> read_mask(jnp.array([True, False, True]), jnp.ones((3, 2)), (1,)).shape
     (3,)
@@ -123,12 +128,12 @@ def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarra
 
 
 def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether an array of this shape broadcasts to a target of the same rank."""
+    """Whether this shape broadcasts to a target shape of the same rank."""
     return all(a in (1, b) for a, b in zip(shape, target, strict=True))
 
 
 def check_flag(use_running_average: object) -> None:
-    """Refuse a traced flag: which statistics are used decides what is computed.
+    """Refuse a traced flag, because the program depends on which statistics are used.
 
     Raises:
         TypeError: use_running_average is traced.

@@ -14,7 +14,7 @@ from flax import nnx
 import bn_jax.layers.linen as our_linen
 import bn_jax.layers.nnx as our_nnx
 from bn_jax.bench.fold import deep_linen
-from bn_jax.inference.fold_chain import DENSE, LINEAR, Link, fold_chain
+from bn_jax.inference.fold_chain import DENSE, LINEAR, ChainLayer, fold_chain
 from bn_jax.inference.fold_models import fold_linen, fold_nnx, identity
 from tests.layers.flax_modes import set_modes
 
@@ -124,27 +124,27 @@ LEFT = {
     "not a layer": ([nn.relu, linen_norm(), nn.relu], "follows layers_0 relu"),
     "first and last": ([linen_norm()], "is the first layer, is the last layer"),
     "padding": ([linen_norm(), nn.Conv(4, (3,))], "is the first layer, precedes layers_1 Conv"),
-    "axis": ([nn.Dense(4), linen_norm(axis=1)], "axis=1 is not -1"),
+    "axis": ([nn.Dense(4), linen_norm(axis=1)], "has axis=1, but the layers beside it"),
     "local": ([nn.ConvLocal(4, (3,)), linen_norm()], "follows layers_0 ConvLocal"),
     "own product": (
         [nn.Dense(4, dot_general=jax.lax.dot_general), linen_norm()],
-        "layers_0 Dense has a dot_general of its own",
+        "layers_0 Dense sets dot_general",
     ),
     "wider result": (
         [nn.Dense(4, dtype=jnp.bfloat16), linen_norm()],
-        "follows layers_0 Dense in bfloat16, which it makes float32",
+        "follows layers_0 Dense in bfloat16, but returns float32",
     ),
     "narrower result": (
         [nn.Dense(4), linen_norm(dtype=jnp.bfloat16)],
-        "follows layers_0 Dense in float32, which it makes bfloat16",
+        "follows layers_0 Dense in float32, but returns bfloat16",
     ),
     "coarse product": (
         [linen_norm(), nn.Dense(4, dtype=jnp.bfloat16)],
-        "precedes layers_1 Dense in bfloat16, too coarse",
+        "precedes layers_1 Dense in bfloat16, too few digits",
     ),
     "wider input": (
         [linen_norm(dtype=jnp.complex64), nn.Dense(4)],
-        "precedes layers_1 Dense in float32, which it makes complex64",
+        "precedes layers_1 Dense in float32, but returns complex64",
     ),
     "used twice": ([nn.Dense(4), n := linen_norm(), nn.relu, n], "stays: is used 2 times"),
 }
@@ -186,15 +186,15 @@ def test_a_layer_that_may_compute_something_else_stays(name, kind):
         layer = kind(4, 4, *window, **{name: own}, rngs=RNGS)
         norm = our_nnx.BatchNorm(4, rngs=RNGS)
     values = {"kernel": jnp.ones((3, 4, 4)), "mean": jnp.ones(4), "var": jnp.ones(4)}
-    folding = fold_chain([Link("layer", layer, values), Link("norm", norm, values)])
+    folding = fold_chain([ChainLayer("layer", layer, values), ChainLayer("norm", norm, values)])
     assert not folding.gone
-    assert f"layer {kind.__name__} has a {name} of its own" in folding.fates[0].why_not
+    assert f"layer {kind.__name__} sets {name}" in folding.results[0].why_not
 
 
 def test_two_in_a_row():
     model, variables, x = initialized([nn.Dense(4), linen_norm(), linen_norm()], 8, 4)
     folded, fewer, report = fold_linen(model, variables)
-    assert [fate.into for fate in report] == ["layers_0 Dense"] * 2
+    assert [result.into for result in report] == ["layers_0 Dense"] * 2
     same(run(folded, fewer, x), run(model, variables, x))
 
 
@@ -218,7 +218,9 @@ def test_half_precision_throughout(lenient):
 
 
 def test_linen_mistakes():
-    with pytest.raises(TypeError, match=re.escape("module is a Dense, in which it is not known")):
+    with pytest.raises(
+        TypeError, match=re.escape("module is a Dense, and the order of its layers is not known")
+    ):
         fold_linen(nn.Dense(3), {})
     model, variables, _ = initialized([nn.Dense(4), linen_norm()], 3, 4)
     with pytest.raises(ValueError, match="variables lack batch_stats/layers_1/mean"):
@@ -265,7 +267,7 @@ def test_nnx(batch_norm, lenient):
         "body.layers.4 BatchNorm: folded into body.layers.3 ConvTranspose",
         "heads.a.layers.0 BatchNorm: folded into heads.a.layers.1 Linear",
         "heads.a.layers.2 BatchNorm: folded into heads.a.layers.1 Linear",
-        "norm BatchNorm: stays: is in no Sequential: what it follows is known from a call: "
+        "norm BatchNorm: stays: is not in a Sequential; to find the layers beside it, call "
         "fold_nnx(model, x)",
     ]
     same(folded(x), y)
@@ -297,8 +299,8 @@ def used_twice():
 def test_nnx_used_twice(graph_mode):
     model = used_twice()
     folded, report = fold_nnx(model)
-    assert [fate.into for fate in report] == [None, None, None, "layers.10.layers.0 Linear"]
-    assert all("used 2 times" in fate.why_not for fate in report.stays)
+    assert [result.into for result in report] == [None, None, None, "layers.10.layers.0 Linear"]
+    assert all("used 2 times" in result.why_not for result in report.stays)
     same(folded(inputs(8, 4)), model(inputs(8, 4)))
 
 

@@ -141,7 +141,7 @@ def test_layers_in_a_ring_stay():
     model, x = Ring(), inputs(3, 4)
     variables = made(model, x)
     folded, fewer, report = fold_linen(model, variables, x)
-    assert [fate.why_not for fate in report] == ["is used 2 times"]
+    assert [result.why_not for result in report] == ["is used 2 times"]
     np.testing.assert_array_equal(folded.apply(fewer, x), model.apply(variables, x))
 
 
@@ -164,7 +164,7 @@ def test_stacked_layers_stay():
     model, x = Scanned(), inputs(3, 4)
     variables = made(model, x)
     folded, fewer, report = fold_linen(model, variables, x)
-    assert [fate.why_not for fate in report] == ["is used 3 times"]
+    assert [result.why_not for result in report] == ["is used 3 times"]
     same(folded.apply(fewer, x), model.apply(variables, x))
 
 
@@ -185,7 +185,7 @@ def test_mistakes():
     with pytest.raises(TypeError, match=r"module is a Sequential.* to fold_nnx"):
         fold_linen(nnx.Sequential(nnx.relu), {}, inputs(3, 4))
     model, x = Residual(), inputs(2, 5, 6, 3)
-    with pytest.raises(ValueError, match=r"shared is called to train, .*, train=False"):
+    with pytest.raises(ValueError, match=r"shared is called in training mode, .*, train=False"):
         fold_linen(model, made(model, x, train=False), x, train=True)
 
 
@@ -269,7 +269,7 @@ def test_a_call_to_train_is_refused(arguments):
         def __call__(self, x):
             return self.norm(self.dense(x), *arguments[0], **arguments[1])
 
-    with pytest.raises(ValueError, match="norm is called to train"):
+    with pytest.raises(ValueError, match="norm is called in training mode"):
         fold_nnx(Adapting(), inputs(3, 4))
 
 
