@@ -1,8 +1,8 @@
-"""Is this a batch norm's checkpoint? What is no array of finite numbers goes no further.
+"""Checks the values of a checkpoint: only arrays of finite numbers pass.
 
-Three instances: a pickle where an array belongs, a negative variance, a variance that was too large
-for float16. Every refusal names the key, what was found there, and what to do about it. Nothing is
-ever unpickled.
+It refuses, for example, a pickle where an array belongs, a negative variance, or a variance that
+was too large for float16. Every error names the key, what was found there, and what to do about it.
+Nothing is ever unpickled.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,45 +13,52 @@ import numpy as np
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or a state to be written, is not what a batch norm needs.
+    """A value in a checkpoint, or in a state to be converted, does not fit a batch norm.
 
-    The message says which key, what was found there, and what to do about it.
+    The message names the key, what was found there, and what to do about it.
+
+    >>> raise CheckpointError("bn1.weight: is missing; pass the whole state_dict")
+    Traceback (most recent call last):
+    bn_jax.interop.checks.CheckpointError: bn1.weight: is missing; pass the whole state_dict
     """
 
 
-def refusal(key: str, found: str, remedy: str) -> CheckpointError:
-    """The error for a key, for the caller to raise.
+def checkpoint_error(key: str, found: str, remedy: str) -> CheckpointError:
+    """A CheckpointError about one key, for the caller to raise.
 
-    >>> str(refusal("bn1.weight", "is missing", "pass the whole state_dict"))
+    >>> str(checkpoint_error("bn1.weight", "is missing", "pass the whole state_dict"))
     'bn1.weight: is missing; pass the whole state_dict'
     """
     return CheckpointError(f"{key}: {found}; {remedy}")
 
 
 def read_array(key: str, value: Any) -> np.ndarray:
-    """An array, a tensor or a variable of any framework, as numpy, in its own dtype.
+    """Convert an array, tensor or variable of any framework to numpy, in its own dtype.
 
-    JAX has no long double, which becomes double; bytes are put in this machine's order.
+    Two things change: a long double becomes a double, because JAX has none, and bytes are put in
+    this machine's order.
 
     Args:
         key: for messages.
-        value: what numpy takes, a torch tensor (bfloat16 and on any device too), an nnx variable, a
-            value that flax has boxed.
+        value: anything numpy accepts, a torch tensor (also bfloat16, on any device), an nnx
+            variable, or a boxed value of flax.
 
     Raises:
-        CheckpointError: it is no array of numbers: None, bytes, text, objects, of unequal rows, or
-            with masked values.
+        CheckpointError: value is not an array of numbers, but None, bytes, text, objects or rows of
+            unequal length; or it has masked values.
 
     >>> read_array("bn.mean", [0.5, 1.0]).tolist()
     [0.5, 1.0]
     """
     if value is None:
-        raise refusal(key, "is None", "an array of numbers belongs here; what is absent has no key")
+        raise checkpoint_error(
+            key, "is None", "an array of numbers belongs here; leave the key out if there is none"
+        )
     if isinstance(value, bytes | bytearray | memoryview | str):
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"is {type(value).__name__}, not an array",
-            "nothing is unpickled or parsed here: load it with its own library, and pass arrays",
+            "nothing is unpickled or parsed here: load it with its own library and pass arrays",
         )
     try:
         if hasattr(value, "unbox"):  # flax's Partitioned
@@ -65,20 +72,20 @@ def read_array(key: str, value: Any) -> np.ndarray:
             value = value.get_value()
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise refusal(
-            key, f"is no array ({error})", "pass an array of numbers, e.g. jnp.asarray(values)"
+        raise checkpoint_error(
+            key, f"is not an array ({error})", "pass an array of numbers, e.g. jnp.asarray(values)"
         ) from error
     if np.ma.is_masked(value):
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"has {np.ma.count_masked(value)} masked values of {array.size}",
-            "what is masked is not known: pass value.filled(number), or an array without a mask",
+            "masked values are unknown: pass value.filled(number), or an array without a mask",
         )
     if not jnp.issubdtype(array.dtype, jnp.number) or array.dtype.kind == "m":  # a time span
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"is {type(value).__name__} of dtype {array.dtype}, not an array of numbers",
-            "objects may hide a pickle and are not opened: load them with their own library, and "
+            "objects may hide a pickle and are not opened: load them with their own library and "
             "pass arrays of floats",
         )
     doubles = {np.dtype(np.longdouble): np.float64, np.dtype(np.clongdouble): np.complex128}
@@ -87,10 +94,10 @@ def read_array(key: str, value: Any) -> np.ndarray:
 
 
 def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarray:
-    """An array of finite floats; with `positive`, real and not below zero, as a variance is.
+    """Read an array of finite floats; with `positive`, real and not negative, as a variance is.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: value is anything else.
 
     >>> read_statistic("bn.var", np.array([-1.0], np.float32), positive=True)
     Traceback (most recent call last):
@@ -98,13 +105,13 @@ def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarra
     """
     array = read_array(key, value)
     if not jnp.issubdtype(array.dtype, jnp.floating if positive else jnp.inexact):
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"has dtype {array.dtype}",
-            "one number with fractions per feature belongs here, e.g. float32; was it quantized, "
-            "or is it another entry's value?",
+            "one floating-point number per feature belongs here, e.g. float32; check that it was "
+            "not quantized and is not the value of another entry",
         )
-    # float64 becomes float32 here unless jax_enable_x64 is set, and what overflows then is refused.
+    # float64 becomes float32 here unless jax_enable_x64 is set; values that overflow are refused.
     found = array
     with np.errstate(over="ignore"):
         array = np.asarray(jnp.asarray(found))
@@ -112,9 +119,9 @@ def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarra
     remedy = why_not_finite(found, array)
     if positive and not bad.any():
         bad = array < 0
-        remedy = "no variance is negative: is this another entry's value, such as a logarithm?"
+        remedy = "no variance is negative: check that it is not another entry's, or a logarithm"
     if bad.any():
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"is {found[bad][0]} for feature {np.flatnonzero(bad.ravel())[0]} of {array.size}",
             remedy,
@@ -123,11 +130,15 @@ def read_statistic(key: str, value: Any, *, positive: bool = False) -> np.ndarra
 
 
 def why_not_finite(found: np.ndarray, array: np.ndarray) -> str:
-    """What to do about values that are not finite, in an array as found and as JAX takes it.
+    """Why an array has values that are not finite, and what to do about it.
+
+    Args:
+        found: the array in the checkpoint.
+        array: the same after conversion by JAX.
 
     >>> half = np.array([np.inf], np.float16)
     >>> why_not_finite(half, half)
-    'float16 holds no more than 65504: save the statistics in float32, or measure them anew'
+    'float16 holds no more than 65504: save the statistics in float32, or measure them again'
     """
     most = float(jnp.finfo(array.dtype).max)
     if np.isfinite(found).all():
@@ -135,13 +146,13 @@ def why_not_finite(found: np.ndarray, array: np.ndarray) -> str:
     if most < 1e6 and not np.isnan(found).any():
         return (
             f"{found.dtype} holds no more than {most:.6g}: save the statistics in float32, or "
-            "measure them anew"
+            "measure them again"
         )
-    return "training had diverged: take an earlier checkpoint, or measure the statistics anew"
+    return "training had diverged: take an earlier checkpoint, or measure the statistics again"
 
 
 def read_mapping(key: str, value: Any, remedy: str) -> Mapping[Any, Any]:
-    """A mapping, such as a dict; not a module, a file's bytes or an array.
+    """Check that value is a mapping, such as a dict, and not a module, bytes or an array.
 
     Raises:
         CheckpointError: it is something else.
@@ -150,12 +161,12 @@ def read_mapping(key: str, value: Any, remedy: str) -> Mapping[Any, Any]:
     {'a': 1}
     """
     if not isinstance(value, Mapping):
-        raise refusal(key, f"is {type(value).__name__}, no mapping of names", remedy)
+        raise checkpoint_error(key, f"is {type(value).__name__}, not a mapping of names", remedy)
     return value
 
 
 def require(found: Mapping[str, Any], key: str, remedy: str) -> Any:
-    """The value of a key that must be there.
+    """The value of a key that must be present.
 
     Raises:
         CheckpointError: it is missing.
@@ -164,12 +175,12 @@ def require(found: Mapping[str, Any], key: str, remedy: str) -> Any:
     1
     """
     if key not in found:
-        raise refusal(key, f"is missing among {some(found)}", remedy)
+        raise checkpoint_error(key, f"is missing among {some(found)}", remedy)
     return found[key]
 
 
 def refuse_extra(found: Iterable[str], known: Iterable[str], remedy: str) -> None:
-    """Refuse keys that a batch norm does not have.
+    """Refuse keys that do not belong to a batch norm.
 
     Raises:
         CheckpointError: found has keys that are not known.
@@ -178,11 +189,11 @@ def refuse_extra(found: Iterable[str], known: Iterable[str], remedy: str) -> Non
     """
     extra = sorted(set(found) - set(known))
     if extra:
-        raise refusal(some(extra), "is no entry of a batch norm", remedy)
+        raise checkpoint_error(some(extra), "is not an entry of a batch norm", remedy)
 
 
 def some(keys: Iterable[Any], limit: int = 6) -> str:
-    """The first few of them, for a message.
+    """The first few keys, for a message.
 
     >>> some("abcdefgh", limit=2), some([])
     ("'a', 'b' and 6 more", 'nothing')

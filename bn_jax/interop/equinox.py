@@ -1,18 +1,17 @@
-"""equinox.nn.BatchNorm: the layer and its State, in and out.
+"""Converts equinox.nn.BatchNorm, from and to the layer and its State.
 
-Differs from ours in that the running statistics live in an `equinox.nn.State`, where the layer's
-indices find them, and that there are two `mode`s. `momentum` is our decay; the running variance is
-biased.
+The running statistics are in an `equinox.nn.State`, at the layer's indices. `momentum` is our
+decay, and the running variance is biased. There are two modes.
 
 mode="batch" keeps a sum that starts at mean 0 and variance 1, and divides both by 1 - decayᵗ in
-evaluation. That is `DebiasedEma` for the mean. For the variance it leaves
-decayᵗ/(1 - decayᵗ) of the initial one in: 103 for a true 4 after one batch of decay 0.99, and 4.6
-after 100. Converting keeps it, as equinox evaluates, and `DebiasedEma` goes on to forget it just as
-equinox does; `mend=True` takes it out.
+evaluation. For the mean that is `DebiasedEma`. In the variance, decayᵗ/(1 - decayᵗ) of the initial
+variance remains: with decay 0.99 and a true variance of 4, it is 103 after one batch and 4.6 after
+100. Converting keeps this, because equinox evaluates by it, and `DebiasedEma` then forgets it as
+equinox does. `remove_initial_variance=True` removes it.
 
-mode="ema" takes the first batch as it is and is not debiased: `FirstThenEma`. It also *trains* by
-the running statistics, which no batch norm of the paper does, and ours does not: evaluation is the
-same, training is not.
+mode="ema" starts with the statistics of the first batch and does not debias: `FirstThenEma`. It
+also normalizes by the running statistics in *training*, unlike the paper and our layers. So
+evaluation is the same, but training is not.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from jax.typing import ArrayLike
 
 from bn_jax.core.averages import LOADED, BatchNormState, DebiasedEma, check_decay
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import read_array, refusal
+from bn_jax.interop.checks import checkpoint_error, read_array
 from bn_jax.interop.counts import one_count, read_one_count
 from bn_jax.interop.settings import (
     Settings,
@@ -41,13 +40,13 @@ from bn_jax.interop.values import read_layer
 
 @dataclasses.dataclass(frozen=True)
 class FirstThenEma:
-    """The first batch as it is, then an exponential moving average from there.
+    """An exponential moving average that starts with the first batch.
 
     Args:
         decay: in [0, 1].
 
     Raises:
-        ValueError: decay is outside of [0, 1].
+        ValueError: decay is outside [0, 1].
 
     >>> [float(FirstThenEma(0.5)(count)) for count in (0, 1, 2)]
     [0.0, 0.5, 0.5]
@@ -59,7 +58,7 @@ class FirstThenEma:
         check_decay(self.decay)
 
     def __call__(self, count: ArrayLike) -> Array:
-        """The weight kept of the past after count batches."""
+        """The weight of the past after count batches."""
         return jnp.where(jnp.asarray(count) > 0, jnp.asarray(self.decay, jnp.result_type(float)), 0)
 
 
@@ -68,29 +67,29 @@ def from_equinox(
     state: Any,
     *,
     count: int = LOADED,
-    mend: bool = False,
+    remove_initial_variance: bool = False,
     values_per_feature: float | None = None,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
-    """One BatchNorm of an equinox model.
+    """Convert one BatchNorm of an equinox model.
 
     Args:
         layer: the `equinox.nn.BatchNorm`, e.g. model.layers[1].
         state: the `equinox.nn.State` of the model.
-        count: of batches with mode="ema", which only knows whether there was any; no matter to
-            `FirstThenEma` as long as it is not 0. Other averages weigh the past by it.
-        mend: of mode="batch", take out what its debiasing leaves of the initial variance. After
-            few batches this subtracts nearly equal numbers: a variance v is good to about
-            1e-7/(v·(1 - decayᵗ)) of itself.
-        values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
-            core's convention; None copies equinox' own. See `bn_jax.interop.settings`.
+        count: the number of batches seen, for mode="ema", which only keeps whether there was one.
+            `FirstThenEma` needs it to be above 0; other averages weigh the past by it.
+        remove_initial_variance: with mode="batch", subtract what debiasing leaves of the initial
+            variance. After few batches, nearly equal numbers are subtracted: the relative error of
+            a variance v is then about 1e-7/(v·(1 - decayᵗ)).
+        values_per_feature: m, to convert the variance to the core's unbiased one by m/(m - 1).
+            None copies equinox' biased one. See `bn_jax.interop.settings`.
 
     Returns:
-        (params, state, settings): scale and bias are None with channelwise_affine=False; mean and
-        variance are what equinox evaluates by.
+        (params, state, settings). scale and bias are None with channelwise_affine=False. Mean and
+        variance are those that equinox evaluates by.
 
     Raises:
-        CheckpointError: layer or state is of another kind; a value is wrongly shaped, not finite,
-            or no array; the variance is negative.
+        CheckpointError: layer or state has another type; a value has the wrong shape, is not
+            finite, or not an array; the variance is negative.
         ValueError: values_per_feature is not above 1.
 
     >>> from types import SimpleNamespace
@@ -98,32 +97,35 @@ def from_equinox(
     ...     batch_counter="counter", batch_state_index="hidden")
     >>> hidden = (jnp.array([1.0]), jnp.array([0.5 * 1 + 0.5 * 4]))  # one batch of N(2, 4)
     >>> state = {"counter": 1, "hidden": hidden}
-    >>> [from_equinox(layer, state, mend=mend)[1].var.tolist() for mend in (False, True)]
-    [[5.0], [4.0]]
+    >>> from_equinox(layer, state)[1].var.tolist()
+    [5.0]
+    >>> from_equinox(layer, state, remove_initial_variance=True)[1].var.tolist()
+    [4.0]
     """
-    mode = kind(layer)
+    mode = read_mode(layer)
     decay = float(layer.momentum)
     if mode == "batch":
-        seen = read_one_count("batch_counter", stored(state, layer, "batch_counter"))
-        hidden = stored(state, layer, "batch_state_index")
+        seen = read_one_count("batch_counter", state_entry(state, layer, "batch_counter"))
+        hidden = state_entry(state, layer, "batch_state_index")
         hidden_mean, hidden_var = (
-            read_array(f"batch_state_index[{i}]", value) for i, value in enumerate(pair(hidden))
+            read_array(f"batch_state_index[{i}]", value)
+            for i, value in enumerate(read_pair(hidden))
         )
-        # Divided by JAX, as equinox does: XLA multiplies by the inverse, numpy would not.
+        # JAX divides, as in equinox: XLA multiplies by the reciprocal, and numpy would not.
         mean, var = (
-            jnp.asarray(value) / jnp.asarray(scale(decay, seen, value.dtype))
+            jnp.asarray(value) / jnp.asarray(debias_factor(decay, seen, value.dtype))
             for value in (hidden_mean, hidden_var)
         )
-        if mend and seen:
+        if remove_initial_variance and seen:
             left = decay**seen
             var = np.maximum((hidden_var.astype(np.float64) - left) / (1 - left), 0)
             var = var.astype(hidden_var.dtype)
         average = DebiasedEma(decay)
     else:
-        fresh = bool(read_first(stored(state, layer, "ema_first_time_index")))
-        mean, var = pair(stored(state, layer, "ema_state_index"))
+        fresh = bool(read_first(state_entry(state, layer, "ema_first_time_index")))
+        mean, var = read_pair(state_entry(state, layer, "ema_state_index"))
         seen = 0 if fresh else count
-        if fresh:  # equinox' buffers are empty memory until then
+        if fresh:  # until the first batch, equinox' buffers are uninitialized
             mean, var = np.zeros_like(mean), np.ones_like(var)
         average = FirstThenEma(decay)
     names = {"scale": "weight", "mean": f"mean of mode={mode!r}", "var": f"var of mode={mode!r}"}
@@ -143,32 +145,32 @@ def to_equinox(
     count: int | None = None,
     values_per_feature: float | None = None,
 ) -> tuple[Any, Any]:
-    """A BatchNorm and State with our values in place of theirs. Imports equinox.
+    """Put our values into an equinox BatchNorm and its State. Imports equinox.
 
     Args:
-        params: as the core has them, of shape [features].
-        state: likewise.
-        settings: as `from_equinox` and the like return them, or a dict of average, epsilon,
-            unbiased.
-        layer: an `equinox.nn.BatchNorm` made for them: momentum, eps, size and channelwise_affine
-            must fit. equinox has both of weight and bias or neither: None becomes 1 or 0.
-        layer_state: the `equinox.nn.State` of the model; used up, as by a call of the model.
-        count: of batches, where the state's differs between features, or is 0 although there are
-            statistics, which then count as long seen (`bn_jax.core.averages.LOADED`).
-        values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which
-            equinox goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
+        params: our parameters, of shape [features].
+        state: our state.
+        settings: average, epsilon and unbiased, as the `from_…` functions return them.
+        layer: an `equinox.nn.BatchNorm` whose momentum, eps, size and channelwise_affine fit.
+            equinox has weight and bias or neither, so a None among ours becomes 1 or 0.
+        layer_state: the `equinox.nn.State` of the model; it cannot be used again.
+        count: the number of batches, if it differs between the features of the state. If it is 0
+            although the statistics are not those of a new layer, it becomes
+            `bn_jax.core.averages.LOADED`.
+        values_per_feature: m, to convert an unbiased variance to equinox' biased one by (m - 1)/m.
+            None copies it. `bn_jax.interop.settings` explains when this matters.
 
     Returns:
-        (layer, layer_state), new ones. With mode="batch" what is stored is mean and variance times
-        1 - decayᵗ, rounded once.
+        (layer, layer_state), both new. With mode="batch", the stored values are mean and variance
+        times 1 - decayᵗ, rounded once.
 
     Raises:
-        CheckpointError: a value is malformed; the layer is made for others; equinox has no such
-            average; counts differ.
+        CheckpointError: a value is malformed; the layer's settings do not fit; equinox does not
+            have this average; counts differ.
         ValueError: values_per_feature is not above 1.
     """
     eqx: Any = importlib.import_module("equinox")
-    mode = kind(layer)
+    mode = read_mode(layer)
     ours = read_outgoing(
         params, state, settings, unbiased=False, values_per_feature=values_per_feature
     )
@@ -181,10 +183,10 @@ def to_equinox(
     }
     for name, value in wanted.items():
         if getattr(layer, name) != value:
-            raise refusal(
+            raise checkpoint_error(
                 f"layer.{name}",
                 f"is {getattr(layer, name)}, but should be {value}",
-                f"make the layer by equinox.nn.BatchNorm(..., {name}={value})",
+                f"make the layer with equinox.nn.BatchNorm(..., {name}={value})",
             )
     seen = one_count(ours.count, count)
     if affine:
@@ -197,7 +199,7 @@ def to_equinox(
         )
     if mode == "batch":
         hidden = tuple(
-            jnp.asarray(value * scale(wanted["momentum"], seen, value.dtype))
+            jnp.asarray(value * debias_factor(wanted["momentum"], seen, value.dtype))
             for value in (ours.mean, ours.var)
         )
         layer_state = layer_state.set(layer.batch_state_index, hidden)
@@ -208,40 +210,40 @@ def to_equinox(
     return layer, layer_state.set(layer.ema_first_time_index, jnp.asarray(seen == 0))
 
 
-def kind(layer: Any) -> str:
+def read_mode(layer: Any) -> str:
     """The mode of an equinox BatchNorm.
 
     Raises:
         CheckpointError: layer is something else.
 
-    >>> kind("a name")
+    >>> read_mode("a name")
     Traceback (most recent call last):
-    bn_jax.interop.checks.CheckpointError: layer: is str, no equinox.nn.BatchNorm; ...
+    bn_jax.interop.checks.CheckpointError: layer: is str, not an equinox.nn.BatchNorm; ...
     """
     mode = getattr(layer, "mode", None)
     if mode not in ("batch", "ema") or not hasattr(layer, "momentum"):
-        raise refusal(
+        raise checkpoint_error(
             "layer",
-            f"is {type(layer).__name__}, no equinox.nn.BatchNorm",
+            f"is {type(layer).__name__}, not an equinox.nn.BatchNorm",
             "pass the layer itself, e.g. model.layers[1], and the model's State",
         )
     return mode
 
 
-def scale(decay: float, count: int, dtype: Any) -> np.ndarray:
-    """What mode="batch" divides by in evaluation: 1 - decayᵗ, and 1 before the first batch.
+def debias_factor(decay: float, count: int, dtype: Any) -> np.ndarray:
+    """The divisor of mode="batch" in evaluation: 1 - decayᵗ, or 1 before the first batch.
 
-    >>> float(scale(0.5, 2, np.float32)), float(scale(0.5, 0, np.float32))
+    >>> float(debias_factor(0.5, 2, np.float32)), float(debias_factor(0.5, 0, np.float32))
     (0.75, 1.0)
     """
     return debias(decay, count, dtype) if count else np.ones((), dtype)
 
 
-def stored(state: Any, layer: Any, name: str) -> Any:
-    """What a State holds for an index of the layer.
+def state_entry(state: Any, layer: Any, name: str) -> Any:
+    """The value in a State at one of the layer's indices.
 
     Raises:
-        CheckpointError: it holds nothing, as a State of another model.
+        CheckpointError: there is none, because the State belongs to another model.
     """
     index = getattr(layer, name)
     try:
@@ -251,7 +253,7 @@ def stored(state: Any, layer: Any, name: str) -> Any:
     else:
         cause = None
     if value is None:
-        raise refusal(
+        raise checkpoint_error(
             f"layer.{name}",
             f"is not in the given state of type {type(state).__name__}",
             "pass the equinox.nn.State that belongs to this model, as make_with_state returned it "
@@ -260,18 +262,18 @@ def stored(state: Any, layer: Any, name: str) -> Any:
     return value
 
 
-def pair(value: Any) -> tuple[Any, Any]:
-    """(mean, var), as a State holds them.
+def read_pair(value: Any) -> tuple[Any, Any]:
+    """The pair (mean, var) in a State.
 
     Raises:
-        CheckpointError: it is no pair.
+        CheckpointError: it is not a pair.
 
-    >>> pair((1, 2))
+    >>> read_pair((1, 2))
     (1, 2)
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise refusal(
-            "state", f"holds {type(value).__name__}, no pair", "is it a BatchNorm's (mean, var)?"
+        raise checkpoint_error(
+            "state", f"holds {type(value).__name__}", "a pair (mean, var) belongs here"
         )
     return value[0], value[1]
 
@@ -280,14 +282,14 @@ def read_first(value: Any) -> np.ndarray:
     """Whether a layer of mode="ema" still waits for its first batch.
 
     Raises:
-        CheckpointError: it is no single bool.
+        CheckpointError: it is not a single bool.
 
     >>> bool(read_first(np.array(True)))
     True
     """
     array = np.asarray(value)
     if array.dtype != bool or array.ndim:
-        raise refusal(
-            "ema_first_time_index", f"is {value!r}", "one bool belongs here: is it a BatchNorm's?"
+        raise checkpoint_error(
+            "ema_first_time_index", f"is {value!r}", "a single bool belongs here"
         )
     return array

@@ -1,8 +1,8 @@
-"""flax.linen.BatchNorm and flax.nnx.BatchNorm: variables or a State, in and out.
+"""Converts flax.linen.BatchNorm and flax.nnx.BatchNorm, from and to variables or a State.
 
-Differs from ours in `momentum`, which is our decay, in that the running variance is biased and the
-average starts from (0, 1) and is not debiased: `Ema`. No count is kept, unless our layers have put
-one there. To go on in Flax nothing has to be converted: `bn_jax.layers` reads its checkpoints.
+flax's `momentum` is our decay. Its running variance is biased, and its average starts from mean 0
+and variance 1 without debiasing: `Ema`. There is no count of batches, unless one of our layers
+wrote it. To go on in Flax, nothing has to be converted, because our layers read flax's checkpoints.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from bn_jax.core.averages import BatchNormState, Ema
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.interop.checks import (
+    checkpoint_error,
     read_mapping,
-    refusal,
     refuse_extra,
     require,
     some,
@@ -41,27 +41,27 @@ def from_flax(
     count: int | None = None,
     values_per_feature: float | None = None,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
-    """One BatchNorm of a model's variables.
+    """Convert one BatchNorm of a flax model's variables.
 
     Args:
         variables: linen's, with params and batch_stats; or nnx.state(model), or a plain dict of it.
         path: the keys down to the layer.
-        momentum: as the layer was made.
-        epsilon: likewise.
-        count: how many batches were seen; None for `count` in the variables, which our layers keep
-            if they have an average, or else 0. It matters for an average that depends on it, such
-            as `DebiasedEma`. 0 is unknown: statistics that are not those of a new layer then count
-            as long seen (`bn_jax.core.averages.LOADED`).
-        values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
-            core's convention; None copies flax's own. See `bn_jax.interop.settings`.
+        momentum: of the layer's constructor.
+        epsilon: of the layer's constructor.
+        count: the number of batches seen. None takes `count` in the variables, which our layers
+            with an `average` keep, or 0. It matters for averages that depend on it, such as
+            `DebiasedEma`. 0 means unknown: if the statistics are not those of a new layer, it
+            becomes `bn_jax.core.averages.LOADED`.
+        values_per_feature: m, to convert the variance to the core's unbiased one by m/(m - 1).
+            None copies flax's biased one. See `bn_jax.interop.settings`.
 
     Returns:
-        (params, state, settings): of any feature shape.
+        (params, state, settings), of any feature shape.
 
     Raises:
-        CheckpointError: an entry is missing, extra, wrongly shaped, not finite, or no array; the
-            variance is negative.
-        ValueError: momentum is outside of [0, 1], epsilon is negative, or values_per_feature not
+        CheckpointError: an entry is missing, unknown, of the wrong shape, not finite, or not an
+            array; the variance is negative.
+        ValueError: momentum is outside [0, 1], epsilon is negative, or values_per_feature is not
             above 1.
 
     >>> import numpy as np
@@ -77,7 +77,7 @@ def from_flax(
     if "batch_stats" in variables or "params" in variables:
         remedy = "pass all variables, with the collections params and batch_stats"
         statistics = descend(require(variables, "batch_stats", remedy), path, "batch_stats")
-        # Without scale and bias a layer has no entry in params at all.
+        # A layer without scale and bias has no entry in params.
         affine = descend(variables.get("params", {}), path, "params", missing={})
         found = {**affine, **statistics}
     else:
@@ -85,9 +85,9 @@ def from_flax(
     name = "/".join(map(str, path)) or "variables"
     known = ("scale", "bias", "mean", "var", "count")
     refuse_extra(
-        map(str, found), known, f"{name} is no BatchNorm: give the keys down to one as path"
+        map(str, found), known, f"{name} is not a BatchNorm: give the keys down to one as path"
     )
-    remedy = f"{name} is no BatchNorm, or its batch_stats were not saved"
+    remedy = f"{name} is not a BatchNorm, or its batch_stats were not saved"
     values = {
         "scale": found.get("scale"),
         "bias": found.get("bias"),
@@ -110,26 +110,26 @@ def to_flax(
     count: bool = False,
     values_per_feature: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The linen variables of one BatchNorm, and the arguments to make its layer with.
+    """Convert to the linen variables of one BatchNorm, and the arguments for its constructor.
 
     For an nnx layer, `nnx.update(layer, variables["params"] | variables["batch_stats"])`.
 
     Args:
-        params: as the core has them.
-        state: likewise.
-        settings: as `from_flax` and the like return them, or a dict of average, epsilon, unbiased.
+        params: our parameters.
+        state: our state.
+        settings: average, epsilon and unbiased, as the `from_…` functions return them.
         path: the keys down to the layer.
-        count: write `count` too, for our layers with an average, `BatchNorm(**settings)`; flax's
-            own have none.
-        values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which flax
-            goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
+        count: write `count` too, for our layers with an `average`, `BatchNorm(**settings)`. flax's
+            own layers have no such variable.
+        values_per_feature: m, to convert an unbiased variance to flax's biased one by (m - 1)/m.
+            None copies it. `bn_jax.interop.settings` explains when this matters.
 
     Returns:
         (variables, arguments): {"params": ..., "batch_stats": ...}; momentum, epsilon, use_scale
         and use_bias for flax's `BatchNorm(**arguments)`.
 
     Raises:
-        CheckpointError: a value is malformed, or flax has no such average.
+        CheckpointError: a value is malformed, or flax does not have this average.
         ValueError: values_per_feature is not above 1.
 
     >>> import jax, bn_jax as bn
@@ -156,7 +156,7 @@ def to_flax(
 
 
 def variables_of(ours: Values, path: Path, *, count: bool) -> dict[str, Any]:
-    """The linen variables alone.
+    """The linen variables of one BatchNorm.
 
     >>> mean, var, seen = jnp.zeros((3, 2))
     >>> sorted(variables_of(Values(None, None, mean, var, seen), "bn", count=True))
@@ -184,10 +184,10 @@ def keys_of(path: Path) -> tuple[str | int, ...]:
 
 
 def descend(tree: Any, path: tuple[str | int, ...], name: str, *, missing: Any = None) -> Any:
-    """The branch at a path; list indices may be written as numbers or in digits.
+    """The branch of a tree at a path. Indices in lists may be written as numbers or as digits.
 
     Raises:
-        CheckpointError: there is none, and nothing to take for it.
+        CheckpointError: there is no such branch, and `missing` is None.
 
     >>> descend({"layers": {0: {"bn": {"mean": 1}}}}, ("layers", "0", "bn"), "state")
     {'mean': 1}
@@ -199,23 +199,23 @@ def descend(tree: Any, path: tuple[str | int, ...], name: str, *, missing: Any =
         if key not in branch:
             if missing is not None:
                 return missing
-            raise refusal(
+            raise checkpoint_error(
                 "/".join(map(str, (name, *path[: depth + 1]))),
                 f"is missing among {some(branch)}",
                 "give the keys down to one BatchNorm as path",
             )
         tree = branch[key]
     if not isinstance(tree, Mapping):
-        raise refusal(
+        raise checkpoint_error(
             "/".join(map(str, (name, *path))),
-            f"is {type(tree).__name__}, no mapping",
-            "pass variables, or nnx.state(model), and the keys down to one BatchNorm as path",
+            f"is {type(tree).__name__}, not a mapping",
+            "pass variables or nnx.state(model), and the keys down to one BatchNorm as path",
         )
     return tree
 
 
 def nest(path: tuple[str | int, ...], leaves: Any) -> Any:
-    """Leaves at the end of a path.
+    """A nested dict with `leaves` at the end of a path.
 
     >>> nest(("a", "b"), 1)
     {'a': {'b': 1}}

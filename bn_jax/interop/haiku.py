@@ -1,10 +1,10 @@
-"""haiku.BatchNorm: its entries of params and state, in and out.
+"""Converts haiku.BatchNorm, from and to its entries in params and state.
 
-Differs from ours in the words: `offset` is bias, `decay_rate` our decay, and the running statistics
-are the `average` of two ExponentialMovingAverages, `mean_ema` and `var_ema`. Each also keeps a
-`counter` and a `hidden` that starts at zero, with average = hidden/(1 - decayᵗ): that is our
-`DebiasedEma`, which needs no hidden. Values have the data's rank, such as [1, 1, 1, features]; the
-running variance is biased.
+haiku calls bias `offset` and our decay `decay_rate`. The running statistics are the `average`s of
+two ExponentialMovingAverages, `mean_ema` and `var_ema`. Each also keeps a `counter` t and a
+`hidden` that starts at zero, with average = hidden/(1 - decayᵗ). That is our `DebiasedEma`, which
+needs no hidden. All values have the data's rank, such as [1, 1, 1, features]. The running variance
+is biased.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from jax import Array
 from bn_jax.core.averages import BatchNormState, DebiasedEma, Ema
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.interop.checks import (
+    checkpoint_error,
     read_array,
     read_mapping,
     read_statistic,
-    refusal,
     refuse_extra,
     require,
     some,
@@ -47,26 +47,26 @@ def from_haiku(
     zero_debias: bool = True,
     values_per_feature: float | None = None,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
-    """One BatchNorm of the params and state that a transformed function has.
+    """Convert one BatchNorm of a haiku model's params and state.
 
     Args:
-        params: module name -> {scale, offset}, of the whole model.
-        state: module name -> {counter, hidden, average}, likewise.
+        params: of the whole model: module name -> {scale, offset}.
+        state: of the whole model: module name -> {counter, hidden, average}.
         name: of the BatchNorm, e.g. "res_net50/~/initial_batchnorm".
-        decay_rate: as the layer was made.
-        eps: likewise.
-        zero_debias: as the averages were made; haiku.BatchNorm's are debiased. False is `Ema`.
-        values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
-            core's convention; None copies haiku's own. See `bn_jax.interop.settings`.
+        decay_rate: of the layer's constructor.
+        eps: of the layer's constructor.
+        zero_debias: of the averages' constructor. haiku.BatchNorm debiases. False gives `Ema`.
+        values_per_feature: m, to convert the variance to the core's unbiased one by m/(m - 1).
+            None copies haiku's biased one. See `bn_jax.interop.settings`.
 
     Returns:
-        (params, state, settings): scale or bias are None where scale or offset are absent; all of
-        shape [features]. The running statistics are haiku's averages, to the bit.
+        (params, state, settings), with shapes [features]. scale or bias is None where scale or
+        offset is absent. The running statistics are exactly haiku's averages.
 
     Raises:
-        CheckpointError: an entry is missing, extra, wrongly shaped, not finite, or no array; the
-            variance is negative; hidden and average do not fit decay_rate.
-        ValueError: decay_rate is outside of [0, 1], eps is negative, or values_per_feature not
+        CheckpointError: an entry is missing, unknown, of the wrong shape, not finite, or not an
+            array; the variance is negative; hidden and average contradict decay_rate.
+        ValueError: decay_rate is outside [0, 1], eps is negative, or values_per_feature is not
             above 1.
 
     >>> import numpy as np
@@ -90,7 +90,7 @@ def from_haiku(
         entry = require(state, ema, f"give the name of a BatchNorm; state has these: {norms}")
         entry = read_mapping(ema, entry, remedy)
         refuse_extra(
-            entry, ("counter", "hidden", "average"), f"state[{ema!r}] is no average: check name"
+            entry, ("counter", "hidden", "average"), f"state[{ema!r}] is not an average: check name"
         )
         keys[field] = f"{ema}.average"
         found[field] = require(entry, "average", f"state[{ema!r}] needs it")
@@ -99,10 +99,10 @@ def from_haiku(
         counters[field] = read_one_count(counter, seen)
         check_hidden(ema, entry, counters[field], decay_rate, zero_debias)
     if counters["mean"] != counters["var"]:
-        raise refusal(
+        raise checkpoint_error(
             f"{name}/~/var_ema.counter",
-            f"is {counters['var']}, that of mean_ema {counters['mean']}",
-            "both are updated together: are they of one checkpoint?",
+            f"is {counters['var']}, but that of mean_ema is {counters['mean']}",
+            "haiku updates both together: check that they belong to the same checkpoint",
         )
     flat = {
         field: None if value is None else squeeze(keys[field], value)
@@ -126,32 +126,32 @@ def to_haiku(
     count: int | None = None,
     values_per_feature: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The entries of one BatchNorm in params and state, and the arguments to make it with.
+    """Convert to the entries of one haiku BatchNorm, and the arguments for its constructor.
 
-    haiku debiases whatever the settings' average: an `Ema` and its `count` become a debiased
-    average of the same statistics, which is the same in evaluation, and once some 1/(1 - decay)
-    batches are seen, in training too.
+    haiku always debiases, so an `Ema` becomes a debiased average with the same decay. Evaluation is
+    the same; training is the same once about 1/(1 - decay) batches have been seen.
 
     Args:
-        params: as the core has them, of shape [features].
-        state: likewise.
-        settings: as `from_haiku` and the like return them, or a dict of average, epsilon, unbiased.
+        params: our parameters, of shape [features].
+        state: our state.
+        settings: average, epsilon and unbiased, as the `from_…` functions return them.
         name: of the BatchNorm.
-        ndim: of the data it will see, whose rank its values have: 2 for [batch, features].
-        axis: of the features in these data; 1 for data_format="channels_first".
-        count: of batches, where the state's differs between features, or is 0 although there are
-            statistics, which then count as long seen (`bn_jax.core.averages.LOADED`).
-        values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which haiku
-            goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
+        ndim: the rank of the layer's data, and so of its values: 2 for [batch, features].
+        axis: the feature axis of the data; 1 for data_format="channels_first".
+        count: the number of batches, if it differs between the features of the state. If it is 0
+            although the statistics are not those of a new layer, it becomes
+            `bn_jax.core.averages.LOADED`.
+        values_per_feature: m, to convert an unbiased variance to haiku's biased one by (m - 1)/m.
+            None copies it. `bn_jax.interop.settings` explains when this matters.
 
     Returns:
-        (params, state, arguments): merge the first two into those of the model; arguments are
-        create_scale, create_offset, decay_rate, eps. `average` and `counter` are the state's own;
-        `hidden` is their product average·(1 - decayᵗ), rounded once.
+        (params, state, arguments). Merge the first two into those of the model; arguments are
+        create_scale, create_offset, decay_rate and eps. `average` and `counter` are those of our
+        state, and `hidden` is average·(1 - decayᵗ), rounded once.
 
     Raises:
-        CheckpointError: a value is malformed; haiku has no such average; counts differ.
-        ValueError: values_per_feature is not above 1; axis is not one of ndim.
+        CheckpointError: a value is malformed; haiku does not have this average; counts differ.
+        ValueError: values_per_feature is not above 1; axis is out of range for ndim.
 
     >>> import bn_jax as bn
     >>> settings = {"average": bn.DebiasedEma(0.99), "epsilon": 1e-5, "unbiased": False}
@@ -160,7 +160,7 @@ def to_haiku(
     ((1, 1, 1, 3), ['batch_norm/~/mean_ema', 'batch_norm/~/var_ema'])
     """
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis={axis} is not one of data of ndim={ndim}; -1 is the last")
+        raise ValueError(f"axis={axis} is out of range for ndim={ndim}; -1 is the last axis")
     ours = read_outgoing(
         params, state, settings, unbiased=False, values_per_feature=values_per_feature
     )
@@ -168,11 +168,11 @@ def to_haiku(
     shape = [1] * ndim
     shape[axis] = len(ours.mean)
 
-    def spread(value: np.ndarray) -> Array:
+    def with_rank(value: np.ndarray) -> Array:
         return jnp.asarray(value.reshape(shape))
 
     affine = {
-        key: spread(value)
+        key: with_rank(value)
         for key, value in (("scale", ours.scale), ("offset", ours.bias))
         if value is not None
     }
@@ -181,8 +181,8 @@ def to_haiku(
         hidden = (value * debias(decay, seen, value.dtype)).astype(value.dtype)
         statistics[f"{name}/~/{key}"] = {
             "counter": jnp.asarray(seen, jnp.int32),
-            "hidden": spread(hidden),
-            "average": spread(value),
+            "hidden": with_rank(hidden),
+            "average": with_rank(value),
         }
     arguments = {
         "create_scale": params.scale is not None,
@@ -196,24 +196,25 @@ def to_haiku(
 def check_hidden(
     key: str, entry: Mapping[str, Any], count: int, decay: float, zero_debias: bool
 ) -> None:
-    """Refuse a decay that hidden and average contradict; hidden is not used otherwise.
+    """Refuse a decay that contradicts hidden and average. Nothing else uses hidden.
 
-    Their quotient is 1 - decayᵗ, or 1 if not debiased. float32 holds that to some 1e-6; of a wrong
-    decay it differs by more as long as it is not close to 1, where the decay does not matter.
+    The quotient hidden/average is 1 - decayᵗ, or 1 if not debiased. In float32 it is accurate to
+    about 1e-6, and a wrong decay changes it by more, except where it is close to 1; but there the
+    decay does not matter.
 
     Raises:
-        CheckpointError: average·(1 - decayᵗ) is not hidden, or either is malformed.
+        CheckpointError: hidden differs from average·(1 - decayᵗ), or either is malformed.
 
     >>> check_hidden("ema", {"hidden": [0.2], "average": [2.0]}, 1, 0.9, True)
     """
     average = read_statistic(f"{key}.average", entry["average"])
-    hidden = require(entry, "hidden", f"state[{key!r}] needs it: is it another module's?")
+    hidden = require(entry, "hidden", f"state[{key!r}] needs it: check name")
     hidden = read_statistic(f"{key}.hidden", hidden)
     if hidden.shape != average.shape:
-        raise refusal(
+        raise checkpoint_error(
             f"{key}.hidden",
             f"has shape {hidden.shape}, but average {average.shape}",
-            "both are of one average: are they of one checkpoint?",
+            "both belong to one average: check that they are from the same checkpoint",
         )
     tolerance = max(1e-5, 16 * float(jnp.finfo(average.dtype).eps))
     average, hidden = (
@@ -223,16 +224,16 @@ def check_hidden(
     factor = 1 - decay**count if zero_debias and count else 1.0
     off = np.abs(hidden - average * factor) > tolerance * np.abs(average)
     if off.any():
-        raise refusal(
+        raise checkpoint_error(
             f"{key}.hidden",
             f"is {hidden[off][0]:.6g} where average is {average[off][0]:.6g} after {count} batches",
             f"decay_rate={decay} with zero_debias={zero_debias} makes it "
-            f"{(average * factor)[off][0]:.6g}: give both as the layer was made",
+            f"{(average * factor)[off][0]:.6g}: pass both as in the layer's constructor",
         )
 
 
 def squeeze(key: str, value: Any) -> np.ndarray:
-    """[1, ..., features, ..., 1] -> [features].
+    """Reshape [1, ..., features, ..., 1] to [features].
 
     Raises:
         CheckpointError: more than one axis is longer than 1, or there is none.
@@ -242,10 +243,10 @@ def squeeze(key: str, value: Any) -> np.ndarray:
     """
     array = read_array(key, value)
     if array.ndim == 0 or sum(size != 1 for size in array.shape) > 1:
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"has shape {array.shape}",
-            "one axis holds the features, all others are 1; for several feature axes, flatten "
-            "those of data and values into one",
+            "only one axis may be longer than 1; if there are several feature axes, flatten them "
+            "into one, in the data too",
         )
     return array.reshape(-1)

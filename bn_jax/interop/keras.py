@@ -1,8 +1,8 @@
-"""keras.layers.BatchNormalization: its weights, as a list or by name, in and out.
+"""Converts keras.layers.BatchNormalization, from and to its weights, as a list or by name.
 
-Differs from ours in the words: `gamma`, `beta`, `moving_mean`, `moving_variance` (a variance, in
-spite of layers that keep a standard deviation elsewhere). `momentum` is our decay; ε is 1e-3 by
-default, a hundred times ours; the running variance is biased; no count is kept.
+keras calls the values `gamma`, `beta`, `moving_mean` and `moving_variance`. Its `momentum` is our
+decay. ε is 1e-3 by default, a hundred times ours. The running variance is biased, and there is no
+count of batches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 from bn_jax.core.averages import BatchNormState, Ema
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import refusal, refuse_extra, require, some
+from bn_jax.interop.checks import checkpoint_error, refuse_extra, require, some
 from bn_jax.interop.settings import (
     Settings,
     as_settings,
@@ -36,31 +36,31 @@ def from_keras(
     count: int = 0,
     values_per_feature: float | None = None,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
-    """The weights of one BatchNormalization.
+    """Convert the weights of one keras BatchNormalization.
 
     Args:
-        weights: `layer.get_weights()`; or arrays or variables by name, nested or not: a variable's
-            path ("bn/gamma"), or an open HDF5 file's groups, as keras writes them to .h5
-            ("bn/bn/gamma:0") and .weights.h5 ("layers/bn/vars/0").
-        prefix: the layer's name, or as many names around it as tell it from others, if weights are
-            by name.
-        scale: as the layer was made, needed for a list of three; None reads it off otherwise.
-        center: likewise.
-        momentum: as the layer was made.
-        epsilon: likewise.
-        count: how many batches were seen, which keras does not keep. It matters for an average that
-            depends on it, such as `DebiasedEma`. 0 is unknown: statistics that are not those of a
-            new layer then count as long seen (`bn_jax.core.averages.LOADED`).
-        values_per_feature: m. If given, the variance gets m/(m - 1) and settings say unbiased, the
-            core's convention; None copies keras' own. See `bn_jax.interop.settings`.
+        weights: `layer.get_weights()`; or arrays or variables by name, nested or not. A name is a
+            variable's path ("bn/gamma"), or leads through the groups of an open HDF5 file, as
+            keras writes them to .h5 ("bn/bn/gamma:0") and to .weights.h5 ("layers/bn/vars/0").
+        prefix: for weights by name: the layer's name, with as many names around it as are needed
+            to tell it from others.
+        scale: of the layer's constructor. Needed only for a list of three weights.
+        center: of the layer's constructor. Needed only for a list of three weights.
+        momentum: of the layer's constructor.
+        epsilon: of the layer's constructor.
+        count: the number of batches seen, which keras does not keep. It matters for averages that
+            depend on it, such as `DebiasedEma`. 0 means unknown: if the statistics are not those
+            of a new layer, it becomes `bn_jax.core.averages.LOADED`.
+        values_per_feature: m, to convert the variance to the core's unbiased one by m/(m - 1).
+            None copies keras' biased one. See `bn_jax.interop.settings`.
 
     Returns:
-        (params, state, settings): scale or bias are None where gamma or beta are absent.
+        (params, state, settings). scale or bias is None where gamma or beta is absent.
 
     Raises:
-        CheckpointError: an entry is missing, extra, wrongly shaped, not finite, or no array; the
-            variance is negative; a list of three is ambiguous.
-        ValueError: momentum is outside of [0, 1], epsilon is negative, or values_per_feature not
+        CheckpointError: an entry is missing, unknown, of the wrong shape, not finite, or not an
+            array; the variance is negative; a list of three is ambiguous.
+        ValueError: momentum is outside [0, 1], epsilon is negative, or values_per_feature is not
             above 1.
 
     >>> import numpy as np
@@ -77,13 +77,13 @@ def from_keras(
         found = in_order(weights, scale, center)
     for name, wanted in (("gamma", scale), ("beta", center)):
         if wanted is not None and wanted != (name in found):
-            raise refusal(
+            raise checkpoint_error(
                 name,
-                f"is {'missing' if wanted else 'there'}",
-                "scale (for gamma) and center (for beta) say otherwise: give them as in the "
+                f"is {'missing' if wanted else 'present'}",
+                "scale (for gamma) and center (for beta) say otherwise: pass them as in the "
                 "layer's constructor",
             )
-    remedy = "a BatchNormalization has it: pass all of its weights"
+    remedy = "every BatchNormalization has it: pass all of its weights"
     values = {
         "scale": found.get("gamma"),
         "bias": found.get("beta"),
@@ -102,22 +102,22 @@ def to_keras(
     *,
     values_per_feature: float | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The weights of one BatchNormalization, and the arguments to make its layer with.
+    """Convert to the weights of one keras BatchNormalization, and its constructor's arguments.
 
     Args:
-        params: as the core has them, of shape [features].
-        state: likewise; its count is dropped, as keras keeps none.
-        settings: as `from_keras` and the like return them, or a dict of average, epsilon, unbiased.
-        values_per_feature: m. If settings are unbiased, the variance gets (m - 1)/m, by which keras
-            goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
+        params: our parameters, of shape [features].
+        state: our state. Its count is dropped, because keras keeps none.
+        settings: average, epsilon and unbiased, as the `from_…` functions return them.
+        values_per_feature: m, to convert an unbiased variance to keras' biased one by (m - 1)/m.
+            None copies it. `bn_jax.interop.settings` explains when this matters.
 
     Returns:
-        (weights, arguments): weights by name, in the order of `layer.set_weights`, which takes
-        `list(weights.values())` after the layer is built; momentum, epsilon, scale and center for
-        `BatchNormalization(**arguments)`.
+        (weights, arguments): weights by name; momentum, epsilon, scale and center for
+        `BatchNormalization(**arguments)`. Once the layer is built,
+        `layer.set_weights(list(weights.values()))` takes the weights in this order.
 
     Raises:
-        CheckpointError: a value is malformed, or keras has no such average.
+        CheckpointError: a value is malformed, or keras does not have this average.
         ValueError: values_per_feature is not above 1.
 
     >>> import bn_jax as bn
@@ -145,10 +145,10 @@ def to_keras(
 
 
 def by_name(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Weights by their last name, of the one layer that prefix names; in a list if by numbers.
+    """The weights of the layer that prefix names, by their last name, which may be a number.
 
     Raises:
-        CheckpointError: some are no batch norm's, or of several layers.
+        CheckpointError: some weights are not a batch norm's, or prefix fits several layers.
 
     >>> by_name({"bn/gamma:0": 1, "dense/kernel:0": 2}, "bn")
     {'gamma': 1}
@@ -166,33 +166,33 @@ def by_name(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
             groups.setdefault(tuple(group), {})[name.split(":")[0]] = value
     if len(groups) > 1:
         names = some("/".join(group) for group in groups)
-        raise refusal(
+        raise checkpoint_error(
             f"prefix {prefix!r}",
             f"fits the weights of {names}",
-            "give one of these as prefix, or as much of it as the others do not have",
+            "give one of these as prefix, or enough of one to be unique",
         )
     found = next(iter(groups.values()), {})
     if not found and wanted:
         names = some(dict.fromkeys("/".join(path[:-1]) for path, _ in leaves(weights)))
-        raise refusal(
+        raise checkpoint_error(
             f"prefix {prefix!r}",
             f"fits none of {names}",
-            "give the layer's name as it stands between two slashes there",
+            "give the layer's name as it is written between slashes",
         )
     if all(name.isdigit() for name in found):
         return dict(sorted(found.items(), key=lambda item: int(item[0])))
     refuse_extra(
         found,
         NAMES.values(),
-        f"{'/'.join(next(iter(groups)))!r} is no BatchNormalization: give the name of one as "
+        f"{'/'.join(next(iter(groups)))!r} is not a BatchNormalization: give the name of one as "
         "prefix. The weights of renorm=True (moving_stddev, renorm_mean, renorm_stddev) have no "
-        "counterpart here: leave them out, evaluation does not use them",
+        "counterpart here: leave them out, because evaluation does not use them",
     )
     return found
 
 
 def leaves(weights: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every array with the names that lead to it.
+    """Yield every array, with the names that lead to it.
 
     >>> list(leaves({"a/b": {"c": 1}}))
     [(('a', 'b', 'c'), 1)]
@@ -207,29 +207,30 @@ def leaves(weights: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def in_order(weights: Sequence[Any], scale: bool | None, center: bool | None) -> dict[str, Any]:
-    """The list that get_weights returns, by name: gamma and beta first, if the layer has them.
+    """Name the weights in the list that get_weights returns: gamma and beta first, if present.
 
     Raises:
-        CheckpointError: it is no list of two to four, or three and not said which.
+        CheckpointError: it is not a list of two to four arrays; or there are three, and neither
+            scale nor center says which.
 
     >>> in_order([1, 2, 3], None, False)
     {'gamma': 1, 'moving_mean': 2, 'moving_variance': 3}
     """
     if isinstance(weights, bytes | str) or not isinstance(weights, Sequence):
-        raise refusal(
+        raise checkpoint_error(
             "weights",
             f"are {type(weights).__name__}, neither a list nor a mapping",
             "pass layer.get_weights(); nothing is unpickled here",
         )
     size = len(weights)
     if size == 3 and scale is None and center is None:
-        raise refusal(
+        raise checkpoint_error(
             "weights",
-            "are three, so that the first is gamma or beta",
-            "say which by scale=False or center=False, as the layer was made",
+            "are three, and the first may be gamma or beta",
+            "pass scale=False or center=False, as in the layer's constructor",
         )
     if size not in (2, 3, 4):
-        raise refusal(
+        raise checkpoint_error(
             "weights",
             f"are {size} arrays",
             "a BatchNormalization has two to four: gamma, beta, moving_mean, moving_variance. With "
@@ -240,9 +241,9 @@ def in_order(weights: Sequence[Any], scale: bool | None, center: bool | None) ->
     affine = ["gamma"] * has_gamma + ["beta"] * has_beta
     names = [*affine, "moving_mean", "moving_variance"]
     if len(names) != size:
-        raise refusal(
+        raise checkpoint_error(
             "weights",
             f"are {size} arrays, not {names}",
-            "give scale and center as in the layer's constructor",
+            "pass scale and center as in the layer's constructor",
         )
     return dict(zip(names, weights, strict=True))

@@ -1,27 +1,28 @@
-"""What must be converted beside the numbers: momentum, ε, and which variance is remembered.
+"""The settings to convert besides the arrays: momentum, ε, and the kind of running variance.
 
-A checkpoint holds arrays; how they go on, and what is added to the variance, stands in the layer's
-constructor. Converters take that in the other library's words and return our `Settings`:
+A checkpoint holds arrays. The momentum and ε are arguments of the layer's constructor. Converters
+take them by the other library's names and return our `Settings`:
 
     y, state = bn.batch_norm(x, params, state, train=True, **settings)
     layer = bn_jax.layers.linen.BatchNorm(**settings)
 
 | | weight of the past | ε by default | running variance | count of batches |
 |---|---|---|---|---|
-| torch | 1 - `momentum`; None: all alike | 1e-5 | unbiased | `num_batches_tracked` |
+| torch | 1 - `momentum`; None: a plain mean | 1e-5 | unbiased | `num_batches_tracked` |
 | keras | `momentum` | 1e-3 | biased | none |
 | haiku | `decay_rate`, debiased | 1e-5 | biased | `counter` |
 | equinox | `momentum`, debiased or not by `mode` | 1e-5 | biased | with mode="batch" |
 | flax | `momentum` | 1e-5 | biased | none |
 
-**Biased or unbiased** is the factor m/(m - 1) on the running variance, where m is how many values
-of a feature one training batch held: its examples times its locations. Converters copy the variance
-as it is, so that evaluation stays the same, and `Settings` say which one it is. That is all that is
-needed to evaluate, or to go on training with these settings. m matters in one case: the copy shall
-go on with the *other* convention, such as a flax state in torch. Then the running variance drifts
-by the factor within some 1/(1 - decay) steps, which is 3% for a dense layer on batches of 32, and
-0.004% for a convolution on 32 images of 28×28. Give `values_per_feature=m`, and it is converted at
-once.
+**Biased or unbiased.** An unbiased running variance is m/(m - 1) times the biased one, where m is
+the number of values per feature in a training batch: examples times locations. Converters copy the
+variance unchanged, so evaluation stays the same, and the `Settings` say which kind it is. Nothing
+else is needed to evaluate, or to train on with these settings.
+
+Only if training goes on with the *other* convention, such as a flax state in torch, does m matter:
+within about 1/(1 - decay) steps, the running variance drifts by the factor. That is 3% for a dense
+layer with batches of 32, and 0.004% for a convolution on 32 images of 28×28. With
+`values_per_feature=m`, the converter applies the factor at once.
 """
 
 from collections.abc import Mapping
@@ -33,17 +34,22 @@ import numpy as np
 
 from bn_jax.core.averages import Average, BatchNormState
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import refusal
+from bn_jax.interop.checks import checkpoint_error
 from bn_jax.interop.values import Values, read_ours
 
 
 class Settings(TypedDict):
-    """Keyword arguments of `bn_jax.batch_norm` and of our Flax layers.
+    """Keyword arguments for `bn_jax.batch_norm` and for our Flax layers.
 
     Attributes:
         average: the moving average.
         epsilon: ε.
-        unbiased: whether the running variance is, and goes on to be.
+        unbiased: whether the running variance is unbiased.
+
+    >>> import bn_jax as bn
+    >>> settings = Settings(average=bn.Ema(0.9), epsilon=1e-3, unbiased=False)
+    >>> x = jnp.array([[0.0], [2.0]])
+    >>> y, state = bn.batch_norm(x, *bn.init(1), train=True, **settings)
     """
 
     average: Average
@@ -54,16 +60,16 @@ class Settings(TypedDict):
 def convert_variance(
     var: np.ndarray, *, unbiased: bool, wanted: bool, values_per_feature: float | None
 ) -> np.ndarray:
-    """The running variance in the wanted convention, or as it is if m is not given.
+    """Convert a running variance between biased and unbiased.
 
-    var·m/(m - 1) if unbiased is wanted of biased, var·(m - 1)/m in the other direction (Ioffe &
-    Szegedy 2015, section 3.1).
+    From biased to unbiased it is var·m/(m - 1), and back var·(m - 1)/m (Ioffe & Szegedy 2015,
+    section 3.1).
 
     Args:
         var: any shape.
-        unbiased: what it is.
-        wanted: what it shall be.
-        values_per_feature: m > 1; None copies.
+        unbiased: whether var is unbiased.
+        wanted: whether the result is to be unbiased.
+        values_per_feature: m > 1; None returns var unchanged.
 
     Raises:
         ValueError: values_per_feature is not above 1.
@@ -76,8 +82,8 @@ def convert_variance(
         return var
     if not values_per_feature > 1:
         raise ValueError(
-            f"values_per_feature={values_per_feature} must be above 1: it is how many values of a "
-            "feature one training batch held, batch size × locations, e.g. 32 * 28 * 28"
+            f"values_per_feature={values_per_feature} must be above 1: it is the number of values "
+            "per feature in a training batch, batch size × locations, e.g. 32 * 28 * 28"
         )
     if unbiased == wanted:
         return var
@@ -88,7 +94,7 @@ def convert_variance(
 def as_settings(
     state: BatchNormState, average: Average, epsilon: float, values_per_feature: float | None
 ) -> tuple[BatchNormState, Settings]:
-    """A state whose variance is biased, and its settings; both unbiased if m is given.
+    """The state and settings of a layer with biased running variance; unbiased if m is given.
 
     Raises:
         ValueError: epsilon is negative or not finite; values_per_feature is not above 1.
@@ -119,11 +125,19 @@ def read_outgoing(
     values_per_feature: float | None,
     vector: bool = True,
 ) -> Values:
-    """Our values for another library, checked, the variance in its convention if m is given.
+    """Check our values for another library, and convert the variance if m is given.
+
+    Args:
+        params: ours.
+        state: ours.
+        settings: ours.
+        unbiased: whether the other library's running variance is unbiased.
+        values_per_feature: m, or None.
+        vector: all values must have the shape [features].
 
     Raises:
         CheckpointError: a value is malformed, or does not fit the others.
-        TypeError: settings are none.
+        TypeError: settings is not a dict with the keys of `Settings`.
         ValueError: values_per_feature is not above 1.
 
     >>> import bn_jax as bn
@@ -134,7 +148,7 @@ def read_outgoing(
     if not isinstance(settings, Mapping) or not {"average", "epsilon", "unbiased"} <= {*settings}:
         raise TypeError(
             f"settings={settings!r}: give a dict of average, epsilon and unbiased, as from_torch "
-            'returns it, e.g. {"average": bn.Ema(0.9), "epsilon": 1e-5, "unbiased": True}'
+            'returns, e.g. {"average": bn.Ema(0.9), "epsilon": 1e-5, "unbiased": True}'
         )
     ours = read_ours(params, state, vector=vector)
     var = convert_variance(
@@ -147,10 +161,10 @@ def read_outgoing(
 
 
 def decay_of(settings: Settings, library: str) -> float:
-    """The decay of an exponential average; debiased or not is for the caller to tell.
+    """The decay of an exponential moving average, debiased or not.
 
     Raises:
-        CheckpointError: the average is another one.
+        CheckpointError: the average is of another kind.
 
     >>> import bn_jax as bn
     >>> decay_of({"average": bn.DebiasedEma(0.9), "epsilon": 1e-5, "unbiased": True}, "keras")
@@ -159,18 +173,18 @@ def decay_of(settings: Settings, library: str) -> float:
     average = settings["average"]
     decay = getattr(average, "decay", None)
     if decay is None:
-        raise refusal(
+        raise checkpoint_error(
             "settings['average']",
-            f"is {average!r}, which {library} has not",
-            "choose how it shall go on, e.g. settings | {'average': bn_jax.Ema(0.99)}",
+            f"is {average!r}, which {library} does not have",
+            "choose how to go on, e.g. settings | {'average': bn_jax.Ema(0.99)}",
         )
     return float(decay)
 
 
 def debias(decay: float, count: int, dtype: Any) -> np.ndarray:
-    """1 - decayᵗ in the averages' own precision, as haiku and equinox compute it.
+    """1 - decayᵗ as haiku and equinox compute it, in the precision of their averages.
 
-    Not by expm1: what they divide by must be what is multiplied here, digits lost included.
+    expm1 would be more accurate, but the factor must be the very number that they divide by.
 
     >>> float(debias(0.5, 2, np.float32))
     0.75
@@ -181,7 +195,7 @@ def debias(decay: float, count: int, dtype: Any) -> np.ndarray:
 
 
 def read_epsilon(epsilon: float) -> float:
-    """A plain float, checked.
+    """Check ε and return it as a float.
 
     Raises:
         ValueError: it is negative or not finite.

@@ -1,9 +1,9 @@
-"""torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm: a state_dict in, a state_dict out.
+"""Converts torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, from and to a state_dict.
 
-Differs from ours in the words: `weight`, `bias` are scale and bias, `momentum` is the weight of the
-new batch (decay = 1 - momentum; None is `CumulativeAverage`). The running variance is unbiased in
-both, the default ε the same. torch's data have their features on axis 1: pass `feature_axis=1` for
-data in that layout.
+torch calls scale and bias `weight` and `bias`. Its `momentum` is the weight of the new batch:
+decay = 1 - momentum, and None is `CumulativeAverage`. As in our core, the running variance is
+unbiased and ε is 1e-5 by default. torch's data have their features on axis 1; pass
+`feature_axis=1` for data in that layout.
 """
 
 import os
@@ -45,27 +45,28 @@ def from_torch(
     eps: float = 1e-5,
     count: int = 0,
 ) -> tuple[BatchNormParams, BatchNormState, Settings]:
-    """One batch norm of a state_dict.
+    """Convert one batch norm of a torch state_dict.
 
     Args:
         state_dict: of the layer or of a whole model, tensors or arrays; or the path of a
             safetensors file.
         prefix: the layer's name in the model, e.g. "layer1.0.bn1".
-        momentum: as the layer was made; it is not in a state_dict. None averages all batches alike.
-        eps: as the layer was made; likewise.
-        count: where `num_batches_tracked` is absent, as in files older than torch 0.4.1. It matters
-            for an average that depends on it, such as momentum=None. If either is 0, statistics
-            that are not those of a new layer count as long seen
-            (`bn_jax.core.averages.LOADED`), so that the first batch does not replace them.
+        momentum: of the layer's constructor; it is not in a state_dict. None is a plain mean over
+            all batches.
+        eps: of the layer's constructor.
+        count: the number of batches seen, for files without `num_batches_tracked`, which are older
+            than torch 0.4.1. It matters for averages that depend on it, such as momentum=None. If
+            the number is 0 and the statistics are not those of a new layer, it becomes
+            `bn_jax.core.averages.LOADED`, so that the first batch does not replace them.
 
     Returns:
-        (params, state, settings): scale or bias are None where weight or bias are absent; the
-        values are exactly torch's.
+        (params, state, settings). scale or bias is None where weight or bias is absent. The values
+        are exactly torch's.
 
     Raises:
-        CheckpointError: an entry is missing, extra, wrongly shaped, not finite, or no array; the
-            variance is negative; the file is no safetensors file.
-        ValueError: momentum is outside of [0, 1], or eps is negative.
+        CheckpointError: an entry is missing, unknown, of the wrong shape, not finite, or not an
+            array; the variance is negative; the file is not a safetensors file.
+        ValueError: momentum is outside [0, 1], or eps is negative.
 
     >>> import numpy as np, bn_jax as bn
     >>> state_dict = {"bn1.running_mean": np.zeros(3), "bn1.running_var": np.ones(3),
@@ -81,14 +82,14 @@ def from_torch(
         state_dict = read_file(state_dict)
     state_dict = read_mapping("state_dict", state_dict, REMEDY)
     names = {field: join(prefix, name) for field, name in NAMES.items()}
-    start = join(prefix, "")
+    start, known = join(prefix, ""), layer_names(state_dict)
     refuse_extra(
         (key for key in map(str, state_dict) if key.startswith(start)),
         names.values(),
-        f"give the name of one batch norm as prefix; these have statistics: {layers(state_dict)}",
+        f"give the name of one batch norm as prefix; these have statistics: {known}",
     )
     remedy = (
-        f"give the name of one batch norm as prefix; these have statistics: {layers(state_dict)}. "
+        f"give the name of one batch norm as prefix; these have statistics: {known}. "
         "A layer with track_running_stats=False has none to convert"
     )
     found = {
@@ -112,28 +113,28 @@ def to_torch(
     count: int | None = None,
     values_per_feature: float | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The state_dict of one batch norm, and the arguments to make its layer with.
+    """Convert to the state_dict of one torch batch norm, and the arguments for its constructor.
 
-    A `DebiasedEma` becomes the momentum of its decay, which is the same in evaluation, and once
-    some 1/(1 - decay) batches are seen, in training too.
+    A `DebiasedEma` becomes the momentum with the same decay. Evaluation is the same; training is
+    the same once about 1/(1 - decay) batches have been seen.
 
     Args:
-        params: as the core has them, of shape [features].
-        state: likewise.
-        settings: as `from_torch` and the like return them, or a dict of average, epsilon, unbiased.
+        params: our parameters, of shape [features].
+        state: our state.
+        settings: average, epsilon and unbiased, as the `from_…` functions return them.
         prefix: the layer's name in the model.
-        count: of batches, where those of the state differ between features.
-        values_per_feature: m. If settings are biased, the variance gets m/(m - 1), by which torch
-            goes on; None copies it. See `bn_jax.interop.settings` on when it matters.
+        count: the number of batches, if it differs between the features of the state.
+        values_per_feature: m, to convert a biased variance to torch's unbiased one by m/(m - 1).
+            None copies it. `bn_jax.interop.settings` explains when this matters.
 
     Returns:
         (state_dict, arguments): arrays by torch's names; momentum, eps and affine for
-        `torch.nn.BatchNorm2d(features, **arguments)`. Where scale alone is None, weight is 1, since
-        torch has no bias without it; where bias alone is None, arguments say bias=False, which
-        needs a torch that has it.
+        `torch.nn.BatchNorm2d(features, **arguments)`. If only scale is None, weight is 1, because
+        torch has no bias without weight. If only bias is None, arguments contain bias=False, which
+        old versions of torch do not accept.
 
     Raises:
-        CheckpointError: a value is malformed; torch has no such average; counts differ.
+        CheckpointError: a value is malformed; torch does not have this average; counts differ.
         ValueError: values_per_feature is not above 1.
 
     >>> import bn_jax as bn
@@ -171,7 +172,7 @@ def to_torch(
 
 
 def join(prefix: str, name: str) -> str:
-    """A key of a state_dict.
+    """Join a layer's name and an entry's name into a key of a state_dict.
 
     >>> join("layer1.0", "weight"), join("", "weight")
     ('layer1.0.weight', 'weight')
@@ -180,10 +181,10 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def layers(state_dict: Mapping[str, Any]) -> str:
-    """The batch norms that a state_dict has, for a message.
+def layer_names(state_dict: Mapping[str, Any]) -> str:
+    """The names of the batch norms in a state_dict, for a message.
 
-    >>> layers({"bn1.running_mean": 0, "fc.weight": 0})
+    >>> layer_names({"bn1.running_mean": 0, "fc.weight": 0})
     "'bn1'"
     """
     ending = "running_mean"
@@ -192,10 +193,10 @@ def layers(state_dict: Mapping[str, Any]) -> str:
 
 
 def average_of(momentum: float | None) -> Average:
-    """What torch's momentum means.
+    """The moving average for a torch momentum.
 
     Raises:
-        ValueError: momentum is outside of [0, 1].
+        ValueError: momentum is outside [0, 1].
 
     >>> average_of(0.1), average_of(None)
     (Ema(decay=0.9), CumulativeAverage())
@@ -209,7 +210,7 @@ def average_of(momentum: float | None) -> Average:
 
 
 def complement(decay: float) -> float:
-    """1 - decay, written as short as it was: 0.1 of 0.9, not 0.09999999999999998.
+    """1 - decay as a short decimal: 0.1 for 0.9, not 0.09999999999999998.
 
     >>> complement(0.9), complement(0.999), complement(1.0)
     (0.1, 0.001, 0.0)

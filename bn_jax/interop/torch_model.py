@@ -1,13 +1,16 @@
-"""A whole torch model: its state_dict as variables of a flax.linen model, by a map of names.
+"""Converts the state_dict of a whole torch model to the variables of a flax.linen model.
 
-Three kinds of layers are told apart by their entries: a batch norm has `running_mean`; a weight of
-two axes is a linear map's, [out, in] there and [in, out] here; of three axes and more a
-convolution's, [out, in, height, width] there and [height, width, in, out] here (grouped ones too).
+Three kinds of layers are recognized by their entries:
 
-Differs from flax in what no array tells, so the model has to: torch pads a 3×3 convolution of
-stride 2 by `padding=1` on both sides, flax's "SAME" on one, so write padding=((1, 1), (1, 1));
-a transposed convolution's weight cannot be told from a convolution's, and has to be converted by
-hand; and a linear map after a flattening sees its inputs in another order, see `flattened`.
+- a batch norm has `running_mean`;
+- a linear map has a weight with two axes: [out, in] in torch, [in, out] in flax;
+- a convolution, grouped or not, has a weight with three or more axes: [out, in, height, width] in
+  torch, [height, width, in, out] in flax.
+
+Three differences cannot be seen from the arrays, so you have to take care of them. For a 3×3
+convolution of stride 2, torch's `padding=1` pads both sides, but flax's "SAME" pads one: write
+padding=((1, 1), (1, 1)). A transposed convolution looks like a convolution: convert it by hand. A
+linear layer after a flattening gets its inputs in another order: use `flattened`.
 """
 
 import os
@@ -19,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax.interop.checks import (
+    checkpoint_error,
     read_mapping,
     read_statistic,
-    refusal,
     refuse_extra,
     require,
     some,
@@ -43,30 +46,30 @@ def from_torch_model(
     count: bool = True,
     like: Any = None,
 ) -> tuple[dict[str, Any], Settings]:
-    """The variables of a linen model, and the settings of its batch norms.
+    """Convert a torch model to the variables of a linen model.
 
     Args:
         state_dict: of the whole model, tensors or arrays; or the path of a safetensors file.
-        names: torch's name of a layer -> ours, e.g. {"conv1": "Conv_0", "bn1": "BatchNorm_0"}. All
-            of the state_dict must be named, once.
-        momentum: of all batch norms, as they were made; None averages all batches alike.
-        eps: likewise.
-        flattened: torch's name of a linear map -> (channels, height, width) of the feature maps
-            that are flattened before it: torch's are channels first, flax's channels last, and the
-            weight's inputs are put in flax's order.
-        count: write `count` into batch_stats, which our layers with an average keep; flax's own
-            have none.
-        like: variables of the same structure and shapes, to compare with, e.g. of
+        names: torch's name of each layer -> its name in the linen model, e.g.
+            {"conv1": "Conv_0", "bn1": "BatchNorm_0"}. Every layer of the state_dict must be named.
+        momentum: of the batch norms' constructors. None is a plain mean over all batches.
+        eps: of the batch norms' constructors.
+        flattened: torch's name of a linear layer -> (channels, height, width) of the feature maps
+            that are flattened before it. torch flattens channels first and flax channels last, so
+            the weight's inputs are reordered.
+        count: write `count` into batch_stats, for our layers with an `average`. flax's own layers
+            have no such variable.
+        like: variables to compare structure and shapes with, e.g. the result of
             `jax.eval_shape(model.init, ...)`.
 
     Returns:
-        (variables, settings): {"params": ..., "batch_stats": ...}; the model's batch norms are
-        `bn_jax.layers.linen.BatchNorm(**settings)`.
+        (variables, settings): {"params": ..., "batch_stats": ...}, and the arguments of the model's
+        batch norms, `bn_jax.layers.linen.BatchNorm(**settings)`.
 
     Raises:
-        CheckpointError: an entry is missing, extra, named twice, wrongly shaped, not finite, or no
-            array; a variance is negative; the file is no safetensors file; structure or shapes
-            differ from like's.
+        CheckpointError: an entry is missing, unknown, named twice, of the wrong shape, not finite,
+            or not an array; a variance is negative; the file is not a safetensors file; structure
+            or shapes differ from those of `like`.
 
     >>> import numpy as np
     >>> state_dict = {"conv.weight": np.ones((8, 3, 5, 5)), "bn.running_mean": np.zeros(8),
@@ -101,37 +104,40 @@ def from_torch_model(
 def linear(
     layer: Mapping[str, Any], name: str, flattened: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """A linear map's or a convolution's kernel and bias, in flax's order of axes.
+    """Kernel and bias of a linear layer or a convolution, in flax's order of axes.
 
     Args:
-        layer: weight, and if there is one bias, by their full names.
-        name: the layer's.
-        flattened: (channels, *locations) of what is flattened before a linear map.
+        layer: weight, and bias if there is one, by their full names.
+        name: the layer's name.
+        flattened: (channels, *locations) of the feature maps that are flattened before the layer.
 
     Raises:
-        CheckpointError: an entry is missing, extra, wrongly shaped, or no array of finite floats.
+        CheckpointError: an entry is missing, unknown, of the wrong shape, or not an array of finite
+            floats.
 
     >>> linear({"fc.weight": np.ones((3, 2)), "fc.bias": np.ones(3)}, "fc")["kernel"].shape
     (2, 3)
     """
     key, bias_key = join(name, "weight"), join(name, "bias")
     refuse_extra(
-        layer, (key, bias_key), f"{name} is read as a linear map or convolution: convert it by hand"
+        layer,
+        (key, bias_key),
+        f"{name} was taken for a linear layer or convolution: convert it by hand",
     )
     weight = read_statistic(key, require(layer, key, f"{name} has no such entry: check the names"))
     if weight.ndim < 2:
-        raise refusal(
+        raise checkpoint_error(
             key,
             f"has shape {weight.shape}",
-            "a linear map has two axes, a convolution three or more: convert other layers by hand",
+            "a linear layer has two axes, a convolution three or more: convert others by hand",
         )
     if flattened is not None:
         if weight.ndim != 2 or int(np.prod(flattened)) != weight.shape[1]:
-            raise refusal(
+            raise checkpoint_error(
                 key,
                 f"has shape {weight.shape}",
-                f"flattened={tuple(flattened)} is to be (channels, *locations) of the inputs of a "
-                "linear map, whose product is their number",
+                f"flattened={tuple(flattened)} must be the (channels, *locations) of a linear "
+                "layer's inputs, and their product the number of inputs",
             )
         channels_last = weight.reshape(len(weight), *flattened)
         weight = np.moveaxis(channels_last, 1, -1).reshape(weight.shape)
@@ -140,10 +146,10 @@ def linear(
     if bias_key in layer:
         bias = read_statistic(bias_key, layer[bias_key])
         if bias.shape != weight.shape[:1]:
-            raise refusal(
+            raise checkpoint_error(
                 bias_key,
                 f"has shape {bias.shape}, but {key} {weight.shape}",
-                "a bias has one value per output: are they of the same layer?",
+                "a bias has one value per output: check that both belong to the same layer",
             )
         parts["bias"] = jnp.asarray(bias)
     return parts
@@ -152,36 +158,38 @@ def linear(
 def check_names(
     state_dict: Mapping[str, Any], names: Mapping[str, str], flattened: Mapping[str, Any]
 ) -> None:
-    """Each entry belongs to one name, and each name has its own place.
+    """Check that every layer has a name in the linen model, and that no name is used twice.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: a layer is not named, a name has no layer, or two layers share a name.
 
     >>> check_names({"fc.weight": 0}, {"fc": "Dense_0"}, {})
     """
     prefixes = {key.rpartition(".")[0] for key in map(str, state_dict)}
     for key in map(str, state_dict):
         if key.rpartition(".")[0] not in names:
-            raise refusal(
+            raise checkpoint_error(
                 key,
-                "is named nowhere",
-                "give its layer a place in names, or leave it out of the state_dict",
+                "is not named",
+                "add its layer to names, or leave it out of the state_dict",
             )
     for name in (*names, *flattened):
         if name not in prefixes or name not in names:
-            raise refusal(
+            raise checkpoint_error(
                 name,
                 f"is missing among {some(sorted(prefixes))}",
-                "names and flattened have torch's names of layers as keys",
+                "the keys of names and flattened are torch's names of layers",
             )
     places = list(names.values())
     twice = {place for place in places if places.count(place) > 1}
     if twice:
-        raise refusal(some(twice), "is given to several layers", "give each its own path in names")
+        raise checkpoint_error(
+            some(twice), "is the name of several layers", "give each its own path in names"
+        )
 
 
 def check_like(variables: Any, like: Any, count: bool) -> None:
-    """Refuse variables that the model would not take.
+    """Refuse variables that do not fit the linen model.
 
     Raises:
         CheckpointError: paths or shapes differ.
@@ -191,21 +199,21 @@ def check_like(variables: Any, like: Any, count: bool) -> None:
     ours, theirs = shapes(variables), shapes(like)
     missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     if missing:
-        raise refusal(some(missing), "has no value", "name the layer of torch's that has it")
+        raise checkpoint_error(some(missing), "has no value", "add torch's name of it to names")
     if extra:
         hint = ", or count=False" if count and all(e.endswith("/count") for e in extra) else ""
-        raise refusal(some(extra), "has no place in the model", f"check names{hint}")
+        raise checkpoint_error(some(extra), "has no place in the model", f"check names{hint}")
     for path, shape in ours.items():
         if shape != theirs[path]:
-            raise refusal(
+            raise checkpoint_error(
                 path,
                 f"has shape {shape}, but the model's {theirs[path]}",
-                "make the model of the same sizes, and check names",
+                "make the model with the same sizes, and check names",
             )
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by path.
+    """Path -> shape, for all arrays in a tree.
 
     >>> shapes({"a": {"b": np.ones(2)}})
     {'a/b': (2,)}
@@ -215,7 +223,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees in one; they share branches, no leaves.
+    """Merge two trees that may share branches but no leaves.
 
     >>> merge({"a": {"b": 1}}, {"a": {"c": 2}})
     {'a': {'b': 1, 'c': 2}}

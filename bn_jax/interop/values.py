@@ -1,7 +1,6 @@
-"""The values of one batch norm, read and checked together: what comes in, and what goes out.
+"""Reads and checks the values of one batch norm together, from a checkpoint or for another library.
 
-Three instances: a layer of a checkpoint, a state of ours on its way to torch, a layer whose scale
-is of another length than its mean.
+For example, it refuses a layer whose scale and mean have different lengths.
 """
 
 from collections.abc import Mapping
@@ -13,8 +12,8 @@ import numpy as np
 from bn_jax.core.averages import BatchNormState
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.interop.checks import read_statistic, refusal
-from bn_jax.interop.counts import long_seen, read_count
+from bn_jax.interop.checks import checkpoint_error, read_statistic
+from bn_jax.interop.counts import count_loaded, read_count
 
 STATISTICS = ("mean", "var")
 
@@ -22,20 +21,20 @@ STATISTICS = ("mean", "var")
 def read_layer(
     values: Mapping[str, Any], keys: Mapping[str, str], *, count: Any = 0, vector: bool = True
 ) -> tuple[BatchNormParams, BatchNormState]:
-    """Parameters and state of what was found.
+    """Parameters and state from the values of one layer.
 
-    float64 becomes float32 unless jax_enable_x64 is set, and half-precision statistics become
-    float32, which holds them exactly; nothing else is rounded.
+    float64 becomes float32 unless jax_enable_x64 is set. Half-precision statistics become float32,
+    which holds them exactly. Nothing else is rounded.
 
     Args:
         values: `mean`, `var`, and where they exist `scale`, `bias`.
-        keys: what each is called in the checkpoint, for messages; of `count` too.
-        count: how many batches, one number or one per feature. Statistics that are not those of a
-            new layer get `LOADED` for 0.
-        vector: all must be of shape [features]; otherwise any shape that they share.
+        keys: the name of each value, and of `count`, in the checkpoint, for messages.
+        count: the number of batches, for all features or for each. 0 becomes `LOADED` where the
+            statistics are not those of a new layer.
+        vector: all values must have the shape [features]; otherwise they may share any shape.
 
     Raises:
-        CheckpointError: a value is malformed, or its shape differs from that of mean.
+        CheckpointError: a value is malformed, or its shape differs from the mean's.
 
     >>> params, state = read_layer({"mean": [0.5], "var": [2.0]}, {}, count=3)
     >>> params, state.count.tolist()
@@ -52,7 +51,7 @@ def read_layer(
     }
     mean = arrays["mean"]
     if vector and mean.ndim != 1:
-        raise refusal(
+        raise checkpoint_error(
             keys["mean"],
             f"has shape {mean.shape}",
             "one value per feature belongs here, of shape [features]: reshape it",
@@ -60,12 +59,12 @@ def read_layer(
     arrays["count"] = read_count(keys["count"], count)
     for name, array in arrays.items():
         if array.shape != mean.shape and not (name == "count" and array.ndim == 0):
-            raise refusal(
+            raise checkpoint_error(
                 keys[name],
                 f"has shape {array.shape}, but {keys['mean']} {mean.shape}",
-                "all hold one value per feature of one layer: are they of the same one?",
+                "all hold one value per feature: check that they belong to the same layer",
             )
-    arrays["count"] = long_seen(arrays["count"], mean, arrays["var"])
+    arrays["count"] = count_loaded(arrays["count"], mean, arrays["var"])
     have = {name: jnp.asarray(array) for name, array in arrays.items()}
     return (
         BatchNormParams(have.get("scale"), have.get("bias")),
@@ -74,7 +73,12 @@ def read_layer(
 
 
 class Values(NamedTuple):
-    """Our parameters and state as numpy, checked: what another library gets."""
+    """Our parameters and state as checked numpy arrays, for another library.
+
+    >>> one, many = np.ones(2), np.array([7, 7])
+    >>> Values(scale=one, bias=None, mean=one, var=one, count=many).count.tolist()
+    [7, 7]
+    """
 
     scale: np.ndarray | None
     bias: np.ndarray | None
@@ -84,11 +88,11 @@ class Values(NamedTuple):
 
 
 def read_ours(params: BatchNormParams, state: BatchNormState, *, vector: bool = True) -> Values:
-    """Our own values, checked likewise before another library gets them.
+    """Check our own values and convert them to numpy, for another library.
 
     Raises:
         CheckpointError: a value is malformed, or does not fit the others.
-        TypeError: params or state is something else, or they are swapped.
+        TypeError: params or state has another type, or they are swapped.
 
     >>> import bn_jax as bn
     >>> read_ours(*bn.init(2, use_bias=False)).count.tolist()
@@ -111,5 +115,5 @@ def read_ours(params: BatchNormParams, state: BatchNormState, *, vector: bool = 
     return Values(
         None if params.scale is None else np.array(params.scale),
         None if params.bias is None else np.array(params.bias),
-        *map(np.array, state),  # copies, since torch.from_numpy wants them writable
+        *map(np.array, state),  # copies, because torch.from_numpy needs writable arrays
     )

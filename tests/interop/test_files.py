@@ -36,7 +36,9 @@ def test_other_files_are_refused_by_name(tmp_path, read, name):
 def test_the_name_decides_before_the_content(tmp_path):
     path = tmp_path / "m.npy"
     np.save(path, np.ones(3))
-    with pytest.raises(CheckpointError, match=r"is no .safetensors file; load it with torch.load"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a .safetensors file; load it with torch.load"
+    ):
         read_file(path)
 
 
@@ -48,7 +50,7 @@ def test_a_pickle_by_another_name_is_refused(tmp_path, kind):
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("m/data.pkl", pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match="is a pickle, whatever its name says"):
+    with pytest.raises(CheckpointError, match="is a pickle in spite of its name"):
         read_file(path)
 
 

@@ -33,11 +33,11 @@ def test_hidden_is_divided_as_equinox_does():
     assert settings == {"average": bn.DebiasedEma(0.9), "epsilon": 1e-5, "unbiased": False}
 
 
-def test_mending_takes_the_initial_variance_out():
+def test_the_initial_variance_can_be_removed():
     layer, state = pretended()
     mean, var = state["hidden"]
     state["hidden"] = (mean, 0.9**3 + (1 - 0.9**3) * var)  # one of (0, 1), three of var
-    _, ours, _ = from_equinox(layer, state, mend=True)
+    _, ours, _ = from_equinox(layer, state, remove_initial_variance=True)
     np.testing.assert_allclose(ours.var, var, rtol=1e-5)
 
 
@@ -135,17 +135,20 @@ def test_a_layer_before_its_first_batch(lenient):
 
 
 @pytest.mark.peer
-def test_the_defect_and_its_mending(lenient):
+def test_the_defect_and_its_removal(lenient):
     """One batch of variance 4 at decay 0.99: equinox evaluates by 103."""
     eqx, layer, state = equinox_layer(momentum=0.99)
     x = jnp.asarray(np.random.default_rng(0).normal(0, 2, (4096, FEATURES)), jnp.float32)
     layer, state = train_equinox(eqx, layer, state, [x])
     true = np.asarray(x, np.float64).var(0)
-    kept, mended = (from_equinox(layer, state, mend=mend)[1].var for mend in (False, True))
+    kept, removed = (
+        from_equinox(layer, state, remove_initial_variance=remove)[1].var
+        for remove in (False, True)
+    )
     if np.abs(np.asarray(evaluated(layer, state)[1]) - true).max() < 1:
         pytest.skip("the installed equinox does not have this defect")
     np.testing.assert_allclose(kept, true + 99, rtol=1e-4)
-    np.testing.assert_allclose(mended, true, rtol=1e-4)
+    np.testing.assert_allclose(removed, true, rtol=1e-4)
 
 
 @pytest.mark.peer
