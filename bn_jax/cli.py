@@ -5,6 +5,8 @@ what takes long itself, under a line that says so, so that help and mistakes ans
 """
 
 import _thread
+import contextlib
+import dataclasses
 import importlib.metadata
 import inspect
 import logging
@@ -45,13 +47,14 @@ stderr = Console(stderr=True)
 stdout = Console()
 
 
-def train(
+def train(  # noqa: D417
     data: DataSettings,
     model: ModelSettings,
     normalization: NormalizationSettings,
     optimizer: OptimizerSettings,
     run: RunSettings,
     launch: Launch = ALONE,
+    resume: Annotated[Path | None, unset("RUN", "start a new run")] = None,
 ) -> None:
     """Train with batch norm and without, on MNIST, and compare.
 
@@ -59,30 +62,44 @@ def train(
     - Shows progress, then a table of accuracies and speed.
     - Leaves curves.png, metrics.jsonl, summary.json, config.json and checkpoints
       in the run's folder.
+    - After Ctrl-C, SIGTERM or a crash, --resume goes on from the last checkpoint.
+
+    Args:
+        resume: Go on with a run that was stopped, in its folder and with its settings.
     """
     groups = (data, model, normalization, optimizer, run)
     config = TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
-    hints.check_used(config.unused, sys.argv[2:])
+    unused = config.unused
+    if resume is not None:
+        fixed = {name for group in groups for name in vars(group)} - {"data_dir", "device"}
+        unused = dict.fromkeys(fixed, f"--resume; {resume} has its own settings")
+    hints.check_used(unused, sys.argv[2:])
     launch = launch.with_environment(os.environ)
     quiet_orbax()
     with stdout.status("loading JAX"):
         from bn_jax.train.company import run_in_company
         from bn_jax.train.device import choose_device, split_cpu
         from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
+        from bn_jax.train.run_folder import RunFolder
 
+        if resume is not None:
+            kept = RunFolder(resume).read_config()
+            places = {"data_dir": data.data_dir or kept.data_dir, "run_dir": resume}
+            device = kept.device if run.device == "auto" else run.device
+            config = dataclasses.replace(kept, **places, device=device)
         if launch.is_alone:
             split_cpu(config.devices)
             choose_device(config.device)
     if not launch.is_alone:
         if stdout.is_terminal:
             stdout.print("waiting for the other processes")
-        run_in_company(config, launch, stdout)
+        run_in_company(config, launch, stdout, resume)
         return
     try:
-        run_experiment(config, stdout)
+        run_experiment(config, stdout, resume=resume)
     except Interrupted as stop:
         stderr.print(f"[yellow]{escape(str(stop))}[/yellow]", soft_wrap=True)
-        raise SystemExit(130) from None
+        raise SystemExit(stop.status) from None
     except Diverged as end:
         stderr.print(f"[red]error:[/red] {escape(str(end))}", soft_wrap=True)
         raise SystemExit(1) from None
@@ -241,6 +258,21 @@ def no_interrupt_lost() -> Iterator[None]:
         sys.unraisablehook = report
 
 
+@contextmanager
+def answering_sigterm() -> Iterator[None]:
+    """Say that the command has stopped, where nothing else heeds a SIGTERM."""
+
+    def stop(*_: object) -> None:
+        stderr.print("[yellow]stopped[/yellow]")
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def interrupt_main_thread() -> None:
     """As Ctrl-C does: also out of a system call, where the platform can."""
     if hasattr(signal, "pthread_kill"):
@@ -252,7 +284,7 @@ def interrupt_main_thread() -> None:
 def main() -> None:
     """Run a command; what the user can mend is one line and status 2, not a traceback."""
     try:
-        with no_interrupt_lost():
+        with no_interrupt_lost(), answering_sigterm():
             try:
                 run_command(sys.argv[1:])
             finally:
@@ -274,14 +306,19 @@ def program() -> None:
     An interrupted one ends without Python's teardown: XLA's threads may still be compiling, and
     would crash the process (status -11 instead of 130) when what they use is gone.
     """
+    status: Any = 130  # also where a second Ctrl-C comes while the first is answered
     try:
-        main()
+        with contextlib.suppress(KeyboardInterrupt):
+            main()
+            return
     except SystemExit as stop:
-        if stop.code != 130:
+        if stop.code not in (130, 143):
             raise
+        status = stop.code
+    with contextlib.suppress(KeyboardInterrupt):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ def test_commands_are_accepted(command):
         assert not flags or (flags[0] == "--suite" and flags[1] in SUITES)
     elif verb == "evaluate":
         assert flags in ([], ["RUN"])
+    elif "--resume" in flags:
+        assert (verb, flags) == ("train", ["--resume", "RUN"])
     elif verb == "--version":
         assert not flags
     elif flags != ["--help"]:

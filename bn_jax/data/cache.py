@@ -1,21 +1,16 @@
 """The cache: verified files in a folder, under their final names only when whole.
 
-    write to a name of its own  ->  fsync  ->  rename
-
-Renaming is atomic, so a reader, a second process or a machine that lost power sees the whole file
-or none. Two processes that fetch the same file replace it by the same bytes. A killed process can
-leave a hidden ``*.partial`` behind, which nothing ever reads.
+Two processes that fetch the same file replace it by the same bytes.
 """
 
-import contextlib
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from bn_jax.data.catalog import DataFile
 from bn_jax.data.errors import DataError
 from bn_jax.data.integrity import read_bounded
+from bn_jax.files import write_whole
 
 CACHE_VARIABLE = "BN_JAX_CACHE"
 
@@ -64,20 +59,9 @@ class Cache:
         Raises:
             DataError: the operating system refused: no permission, a full disk.
         """
-        # Not tempfile: its files are private (mode 0600), and a cache may be shared.
-        partial = self.folder / f".{file.name}.{secrets.token_hex(8)}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("xb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(partial, self.folder / file.name)
-            except BaseException:  # an interrupt from the keyboard must not leave it either
-                with contextlib.suppress(OSError):
-                    partial.unlink()
-                raise
+            write_whole(self.folder / file.name, data)
         except OSError as error:
             raise DataError(
                 f"{file.name} was fetched, but {self.name} cannot hold it: {error}; make room or "

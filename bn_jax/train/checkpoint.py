@@ -1,40 +1,66 @@
-"""Training states on disk, by orbax: written aside, then renamed, so that the last one is good."""
+"""Checkpoints by orbax, each with a digest of what it holds, so that a flipped bit is noticed.
 
+Orbax writes a checkpoint aside and renames it, so that what bears a number is whole. It holds the
+arrays of a `Progress` by name, and a record: the format, the run's settings and the digest.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import textwrap
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from bn_jax.train.processes import loss_of_company
-from bn_jax.train.step import TrainState
+from bn_jax.train.processes import by_first, is_first
+from bn_jax.train.progress import Progress
+
+FORMAT = 1
+"""Changes when what is stored does."""
+
+Arrays = dict[str, np.ndarray]
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, of another network, or cannot be written."""
+    """A checkpoint is missing, damaged, of another run, or cannot be written."""
 
 
 class Checkpoints:
-    """The checkpoints of one arm of a run, newest last; the newest two are kept.
+    """Where the checkpoints of one arm of a run are written; the newest two are kept.
 
-    A context, which at its end waits for what is being written.
+    A context, which at its end waits for what is being written. Of several processes the first
+    writes, and does not need the others for it.
 
     Args:
         folder: made if it is missing.
+        settings: of the run and arm, as JSON has them; `load_newest` refuses others.
+        since: the step from which the run goes on. A checkpoint of a later one was passed over, as
+            it is damaged, and is renamed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self.folder = folder.absolute()
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+    def __init__(self, folder: Path, settings: Mapping[str, Any], since: int = -1) -> None:
+        self.folder, self.settings, self.manager = folder.absolute(), dict(settings), None
+        if is_first():
+            for path in finished(self.folder):
+                if int(path.name) > since:
+                    path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.manager = open_folder(self.folder)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if jax.process_count() > 1 and loss_of_company(error):
-            return  # what is being written waits for a process that is gone
+    def __exit__(self, *_: object) -> None:
+        if self.manager is None:
+            return
         try:
             self.manager.wait_until_finished()
         except Exception as error:
@@ -42,14 +68,20 @@ class Checkpoints:
         finally:
             self.manager.close()
 
-    def save(self, state: TrainState) -> None:
-        """Write a state in the background; it counts once it is whole.
+    def save(self, progress: Progress) -> None:
+        """Write in the background; a checkpoint counts once it is whole.
 
         Raises:
             CheckpointError: this one or the one before cannot be written, as on a full disk.
         """
+        if self.manager is None or progress.step in self.manager.all_steps():
+            return
+        arrays = to_arrays(progress)
+        record = {"format": FORMAT, "settings": self.settings}
+        record["digest"] = digest(record, arrays)
+        state, record = ocp.args.StandardSave(arrays), ocp.args.JsonSave(record)
         try:
-            self.manager.save(int(state.step), args=ocp.args.StandardSave(to_tree(state)))
+            self.manager.save(progress.step, args=ocp.args.Composite(state=state, record=record))
         except Exception as error:  # orbax names no class for what can be wrong with a folder
             raise self.unwritable(error) from error
 
@@ -62,53 +94,124 @@ class Checkpoints:
         )
 
 
+def open_folder(folder: Path) -> ocp.CheckpointManager:
+    """Orbax's view of an arm's checkpoints, for which process 0 does not wait for others."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, create=False, multiprocessing_options=alone
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def finished(folder: Path) -> list[Path]:
+    """The finished checkpoints of an arm, oldest first; orbax gives them plain numbers as names."""
+    found = [path for path in folder.glob("*") if path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint of an arm, or None.
-
-    Read from the names alone, which orbax gives to what is whole: its manager would ask the other
-    processes, of which one may be gone.
-    """
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-    return folder / str(max(steps)) if steps else None
+    """The newest finished checkpoint of an arm, or None."""
+    return next(reversed(finished(folder)), None)
 
 
-def load_newest(folder: Path, like: TrainState) -> TrainState:
-    """The newest state of an arm, in the shape of another.
+def load_newest(folder: Path, like: Progress, settings: Mapping[str, Any]) -> Progress | None:
+    """The newest sound progress of an arm, or None without any; the same in every process.
+
+    A damaged checkpoint is passed over with a warning.
 
     Args:
         folder: of the arm's checkpoints.
-        like: a state of the same network and optimizer.
+        like: of the same network and optimizer; its shapes matter alone.
+        settings: of the run and arm.
 
     Raises:
-        CheckpointError: there is none, or it does not fit.
+        CheckpointError: a checkpoint is sound, but of another run.
     """
-    newest = newest_checkpoint(folder)
-    if newest is None:
-        raise CheckpointError(f"{folder} holds no finished checkpoint; train again")
-    # To the device that is in use here, which may be of another kind than the run's.
-    here = jnp.zeros(()).sharding
-    tree = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        jax.eval_shape(to_tree, like),
+    stored = by_first(lambda: read_newest(folder, to_arrays(like, shapes=True), settings))
+    if not stored:
+        return None
+    with np.load(io.BytesIO(stored)) as arrays:
+        return from_arrays(dict(arrays), like)
+
+
+def read_newest(folder: Path, like: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
+    """The arrays of the newest sound checkpoint as an .npz file, or nothing."""
+    for path in reversed(finished(folder)):
+        try:
+            arrays, record = read(path)
+        except Exception as error:  # orbax names no class for what can be wrong with a file
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("the checkpoint %s is damaged and passed over (%s)", path, reason)
+            continue
+        if record["settings"] != settings:
+            theirs = record["settings"]
+            names = sorted(n for n in theirs | settings if theirs.get(n) != settings.get(n))
+            raise CheckpointError(
+                f"the checkpoint {path} is of a run with other settings than config.json has "
+                f"({', '.join(names)}); put back the run's own files, or train again"
+            )
+        shapes, expected = (
+            {name: (x.shape, x.dtype) for name, x in some.items()} for some in (arrays, like)
+        )
+        if record["format"] != FORMAT or shapes != expected:
+            raise CheckpointError(
+                f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
+                "this network otherwise; use that version, or train again"
+            )
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        return buffer.getvalue()
+    return b""
+
+
+def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays and the record of a checkpoint, which agree.
+
+    Raises:
+        Exception: they cannot be read, or do not.
+    """
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
+    with open_folder(path.parent) as manager:
+        restored = manager.restore(int(path.name), args=items)
+    arrays = {name: np.asarray(value) for name, value in restored.state.items()}
+    record = restored.record
+    if record.pop("digest") != digest(record, arrays):
+        raise CheckpointError("it does not hold what was written")
+    return arrays, record
+
+
+def digest(record: Mapping[str, Any], arrays: Arrays) -> str:
+    """A SHA-256 hash of all that a checkpoint holds."""
+    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        sha.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def to_arrays(progress: Progress, shapes: bool = False) -> dict[str, Any]:
+    """The arrays of a progress, or only their shapes, by name; the key as plain numbers."""
+
+    def plain(progress: Progress) -> Progress:
+        key = jax.random.key_data(progress.state.key)
+        return progress._replace(state=progress.state._replace(key=key))
+
+    tree = jax.eval_shape(plain, progress) if shapes else plain(progress)
+    names = (
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
     )
-    try:
-        with ocp.CheckpointManager(folder.absolute()) as manager:
-            tree = manager.restore(int(newest.name), args=ocp.args.StandardRestore(tree))
-    except Exception as error:  # orbax names no class for what can be wrong with a folder
-        raise CheckpointError(
-            f"the checkpoint {newest} cannot be read as this run's network "
-            f"({type(error).__name__}: {first_line(error)}); is config.json its own? If the "
-            "checkpoint is damaged, delete that folder: the one before it may be good"
-        ) from error
-    restored = TrainState(**tree)
-    return restored._replace(key=jax.random.wrap_key_data(restored.key))
+    return {name: leaf if shapes else np.asarray(leaf) for name, leaf in names}
 
 
-def to_tree(state: TrainState) -> dict[str, Any]:
-    """The state as orbax stores it: by name, the key as plain numbers."""
-    return state._replace(key=jax.random.key_data(state.key))._asdict()
+def from_arrays(arrays: Arrays, like: Progress) -> Progress:
+    """The progress whose arrays these are, on the device that is in use here."""
+    leaves = [jnp.asarray(arrays[name]) for name in to_arrays(like, shapes=True)]
+    progress: Progress = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    key = jax.random.wrap_key_data(progress.state.key)
+    return progress._replace(state=progress.state._replace(key=key))
 
 
 def first_line(error: Exception) -> str:
     """The head of what may be a page of text."""
-    return (str(error).strip() or "no message").splitlines()[0]
+    return textwrap.shorten((str(error).strip() or "no message").splitlines()[0], 200)

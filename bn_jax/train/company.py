@@ -6,11 +6,13 @@ word.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -22,9 +24,12 @@ from bn_jax.train.device import choose_device, split_cpu
 from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.launch import Launch, join
 from bn_jax.train.processes import is_first, loss_of_company
+from bn_jax.train.stopping import STATUS
 
 
-def run_in_company(config: TrainConfig, launch: Launch, console: Console) -> None:
+def run_in_company(
+    config: TrainConfig, launch: Launch, console: Console, resume: Path | None = None
+) -> None:
     """`run_experiment` as one of several processes, which meet first; ends this one if it fails."""
     with in_company() as company:
         try:
@@ -39,10 +44,13 @@ def run_in_company(config: TrainConfig, launch: Launch, console: Console) -> Non
                 config,
                 console if is_first() else Console(quiet=True),
                 lambda folder: company.note(f"folder {folder.path.absolute()}"),
+                resume,
             )
             jax.distributed.shutdown()
         except Interrupted as stop:
-            company.leave(f"{stop}\n" if is_first() else "", 130)
+            if stop.status == STATUS[signal.SIGTERM]:
+                jax.distributed.shutdown()  # all have stopped
+            company.leave(f"{stop}\n" if is_first() else "", stop.status)
         except Diverged as end:
             jax.distributed.shutdown()  # which waits until all have come here
             company.leave(f"error: {end}\n" if is_first() else "", 1)

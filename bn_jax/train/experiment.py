@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,27 @@ from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
 from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
 from bn_jax.train.placement import make_placement
-from bn_jax.train.processes import check_same
+from bn_jax.train.processes import check_same, is_first
+from bn_jax.train.progress import Progress, begin
 from bn_jax.train.run_folder import RunFolder, finite, metrics_line
 from bn_jax.train.step import accuracy, init_state
+from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import summarize
 from bn_jax.train.witness import remains
 
 NO_LOSS = "  –   "  # as wide as one
 
 
+PLACES = ("data_dir", "run_dir", "device")
+"""Settings that may differ between the processes of a run, and when it goes on elsewhere."""
+
+
 class Interrupted(Exception):
-    """The user stopped the run; the message says what is kept."""
+    """The run was asked to stop; the message says what is kept, `status` with what to exit."""
+
+    def __init__(self, message: str, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Diverged(Exception):
@@ -41,7 +51,10 @@ class Diverged(Exception):
 
 
 def run_experiment(
-    config: TrainConfig, console: Console, started: Callable[[RunFolder], None] = lambda _: None
+    config: TrainConfig,
+    console: Console,
+    started: Callable[[RunFolder], None] = lambda _: None,
+    resume: Path | None = None,
 ) -> RunFolder:
     """Train every arm of a configuration, show it, and write the run folder.
 
@@ -49,39 +62,31 @@ def run_experiment(
         config: what to train; the same in each of several processes.
         console: where to show it.
         started: is told the folder once it is there.
+        resume: the folder of a run of this configuration, which goes on from its checkpoints; None
+            makes a new one.
 
     Raises:
         DataError: the data set cannot be had.
-        ValueError: the batch is larger than the data, the run folder is taken, or processes were
-            started with different settings.
-        Interrupted: by Ctrl-C; the last checkpoint stays good and is named.
+        ValueError: the batch is larger than the data, the run folder is taken, its checkpoints are
+            another run's, or processes were started with different settings.
+        Interrupted: by Ctrl-C or SIGTERM; the last checkpoint stays good and is named.
         Diverged: an arm has; the other has been trained, and all is shown and written.
     """
     if jax.process_count() > 1:
         if config.devices is None:
             config = dataclasses.replace(config, devices=jax.device_count())
         # Where its files are, each process knows best; process 0's run folder is everyone's.
-        own = ("data_dir", "run_dir", "device")
-        check_same({k: v for k, v in dataclasses.asdict(config).items() if k not in own})
+        check_same({k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES})
     make_placement(config.devices)
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)
-    folder = RunFolder.create(config)
+    folder = RunFolder(resume, writes=is_first()) if resume else RunFolder.create(config)
     started(folder)
-    where = f"[bold]{escape(str(folder.path))}[/bold]"
-    try:
-        count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
-        console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
-        arms = run_arms(config, data, folder, console)
-        summary = summarize(arms) | {"config": json.loads(config.to_json()), "versions": versions()}
-        folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
-        folder.write("curves.png", plot_curves(arms, config))
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {remains(folder.path)}") from None
-    console.print(comparison_table(summary, config))
-    console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
-    again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
-    console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
+    with folder.locked():
+        try:
+            arms = run_and_write(config, data, folder, console)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; {remains(folder.path)}") from None
     ends = {TITLES[arm]: evaluations[-1] for arm, evaluations in arms.items()}
     if diverged := [f"{arm} at step {end.step:,}" for arm, end in ends.items() if end.diverged]:
         raise Diverged(
@@ -92,30 +97,61 @@ def run_experiment(
     return folder
 
 
+def run_and_write(
+    config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
+) -> dict[Arm, list[Evaluation]]:
+    """Train the arms, show the comparison and write it."""
+    count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
+    where = f"[bold]{escape(str(folder.path))}[/bold]"
+    console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
+    arms = run_arms(config, data, folder, console)
+    summary = summarize(arms) | {"config": json.loads(config.to_json()), "versions": versions()}
+    folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
+    folder.write("curves.png", plot_curves(arms, config))
+    console.print(comparison_table(summary, config))
+    console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
+    again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
+    console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
+    return arms
+
+
 def run_arms(
     config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
 ) -> dict[Arm, list[Evaluation]]:
-    """Train the arms in order, each under a live bar."""
+    """Train the arms in order, each under a live bar, from where they are."""
     arms: dict[Arm, list[Evaluation]] = {}
-    with progress_bars(console) as progress:
+    before = folder.read_metrics()
+    with progress_bars(console) as bars, asked_to_stop() as status:
         waiting = {"total": config.steps, "loss": NO_LOSS, "accuracy": "  –  ", "activity": None}
-        tasks = {a: progress.add_task(TITLES[a], start=False, **waiting) for a in config.arms}
+        tasks = {a: bars.add_task(TITLES[a], start=False, **waiting) for a in config.arms}
         for arm in config.arms:
-            progress.start_task(tasks[arm])
+            bars.start_task(tasks[arm])
+            resumed = load_progress(config, arm, data, folder)
+            # What came after the checkpoint comes again, to the bit.
+            last = resumed.step if resumed else -1
+            arms[arm] = [e for e in before.get(arm, []) if e.step <= last]
+            if resumed and not arms[arm]:
+                raise ValueError(f"{folder.path}: metrics.jsonl lacks what led to step {last}")
+            if before:
+                folder.write_metrics(before | arms)
 
             def watch(activity: Activity, step: int, task: Any = tasks[arm]) -> None:
-                progress.update(task, completed=step, activity=(activity, time.monotonic()))
+                bars.update(task, completed=step, activity=(activity, time.monotonic()))
 
             def show(evaluation: Evaluation, task: Any = tasks[arm]) -> None:
-                progress.update(
+                bars.update(
                     task,
                     # Before the first step there is no loss.
                     loss=f"{evaluation.train_loss:.4f}" if evaluation.step else NO_LOSS,
                     accuracy=f"{evaluation.test_accuracy:.4f}",
                 )
 
-            arms[arm] = run_arm(config, arm, data, folder, show, watch)
-            progress.update(tasks[arm], completed=arms[arm][-1].step, activity=None)
+            for evaluation in arms[arm][-1:]:
+                show(evaluation)
+            for evaluation in run_arm(config, arm, data, folder, watch, resumed, status):
+                arms[arm].append(evaluation)
+                show(evaluation)
+            bars.update(tasks[arm], completed=arms[arm][-1].step, activity=None)
     return arms
 
 
@@ -124,28 +160,50 @@ def run_arm(
     arm: Arm,
     data: Dataset,
     folder: RunFolder,
-    show: Callable[[Evaluation], None],
     watch: Watch,
-) -> list[Evaluation]:
+    resumed: Progress | None,
+    status: Callable[[], int],
+) -> Iterator[Evaluation]:
     """Train one arm, writing a line of metrics per evaluation and checkpoints as they fall due."""
-    evaluations, saved = [], 0
     model, optimizer = build_model(config, arm), build_optimizer(config)
-    with Checkpoints(folder.checkpoints(arm)) as checkpoints:
-        for progress, evaluation in train(config, model, optimizer, data, watch):
-            if evaluation is None:
-                continue
-            evaluations.append(evaluation)
-            folder.append("metrics.jsonl", metrics_line(arm, evaluation))
-            show(evaluation)
-            due = evaluation.step >= saved + config.checkpoint_every
-            if due or evaluation.step == config.steps or evaluation.diverged:
-                checkpoints.save(progress.state)
-                saved = evaluation.step
-    return evaluations
+    saved = resumed.step if resumed else -1
+    with Checkpoints(folder.checkpoints(arm), arm_settings(config, arm), saved) as checkpoints:
+        for progress, evaluation in train(config, model, optimizer, data, watch, resumed):
+            if evaluation:
+                folder.append("metrics.jsonl", metrics_line(arm, evaluation))
+                yield evaluation
+            stop = status()
+            over = progress.step == config.steps or progress.diverged(config.max_bad_steps)
+            if (
+                over
+                or stop
+                or (evaluation and progress.step >= max(saved, 0) + config.checkpoint_every)
+            ):
+                checkpoints.save(progress)
+                saved = progress.step
+            if stop:
+                where = f"at step {progress.step:,} {TITLES[arm]}"
+                again = shlex.join(["bn-jax", "train", "--resume", str(folder.path)])
+                raise Interrupted(f"stopped {where}; to go on: {again}", stop)
+
+
+def load_progress(
+    config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder
+) -> Progress | None:
+    """How far an arm has come, by its newest sound checkpoint; None without one."""
+    model, optimizer = build_model(config, arm), build_optimizer(config)
+    like = jax.eval_shape(lambda: begin(init_state(model, optimizer, data.test_images[:2], 0)))
+    return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm))
+
+
+def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
+    """What makes a checkpoint that of an arm of a run, wherever it is."""
+    fields = json.loads(config.to_json())
+    return {k: v for k, v in fields.items() if k not in PLACES} | {"arm": arm}
 
 
 def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, dict[str, Any]]:
-    """The test accuracy of each arm's newest checkpoint, by its running statistics.
+    """The test accuracy of each arm's newest sound checkpoint, by its running statistics.
 
     An arm without one, as in a run that was stopped early, is left out.
 
@@ -157,19 +215,18 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
-    trained: list[Arm] = [arm for arm in config.arms if newest_checkpoint(folder.checkpoints(arm))]
-    if not trained:
-        raise CheckpointError(f"{folder.path} holds no finished checkpoint; train again")
+    nothing = CheckpointError(f"{folder.path} holds no sound checkpoint; train again")
+    if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
+        raise nothing
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
     results: dict[Arm, dict[str, Any]] = {}
-    for arm in trained:
-        model, optimizer = build_model(config, arm), build_optimizer(config)
-        like = jax.eval_shape(
-            lambda m=model, o=optimizer: init_state(m, o, data.test_images[:2], 0)
-        )
-        state = load_newest(folder.checkpoints(arm), like)
-        score = accuracy(model, config.binarization, state, data.test_images, data.test_labels)
-        results[arm] = finite({"step": int(state.step), "test_accuracy": score})
+    for arm in config.arms:
+        if progress := load_progress(config, arm, data, folder):
+            model, state = build_model(config, arm), progress.state
+            score = accuracy(model, config.binarization, state, data.test_images, data.test_labels)
+            results[arm] = finite({"step": progress.step, "test_accuracy": score})
+    if not results:
+        raise nothing
     return results
 
 

@@ -1,6 +1,5 @@
 """One run in several processes: process 0 speaks, all know what it knows, and all end together."""
 
-import json
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -16,7 +15,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def by_first(make: Callable[[], str]) -> str:
+def by_first(make: Callable[[], bytes]) -> bytes:
     """What make returns in process 0, where alone it is called; its error is everyone's.
 
     Raises:
@@ -25,18 +24,18 @@ def by_first(make: Callable[[], str]) -> str:
     if jax.process_count() == 1:
         return make()
     failure: ValueError | None = None
-    answer = {}
+    answer = b""
     if is_first():
         try:
-            answer = {"value": make()}
+            answer = b"+" + make()
         except ValueError as error:
-            failure, answer = error, {"error": str(error)}
-    answer = json.loads(broadcast(json.dumps(answer).encode()))
+            failure, answer = error, b"-" + str(error).encode()
+    answer = broadcast(answer)
     if failure is not None:
         raise failure
-    if "error" in answer:
-        raise ValueError(f"process 0 says: {answer['error']}")
-    return answer["value"]
+    if answer[:1] == b"-":
+        raise ValueError(f"process 0 says: {answer[1:].decode()}")
+    return answer[1:]
 
 
 def check_same(settings: Mapping[str, object]) -> None:

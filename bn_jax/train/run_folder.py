@@ -1,19 +1,26 @@
 """A run's folder: what was asked, what happened, how it ended."""
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from bn_jax.files import write_whole
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.loop import Evaluation
 from bn_jax.train.processes import by_first, is_first
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None
 
 
 class RunFolderError(ValueError):
@@ -28,7 +35,7 @@ class RunFolder:
 
     Args:
         path: of the folder.
-        writes: False leaves all of it but checkpoints to another process.
+        writes: False leaves all of it to another process.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -41,30 +48,64 @@ class RunFolder:
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
-        path = Path(by_first(lambda: str(cls.make(config))))
-        return cls(path, writes=is_first())
+        path = by_first(lambda: bytes(cls.make(config)))
+        return cls(Path(os.fsdecode(path)), writes=is_first())
 
     @classmethod
     def make(cls, config: TrainConfig) -> Path:
         """The path of a new folder, with the configuration in it."""
         path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        folder = cls(path)
-        if "[" in str(path.absolute()):
+        if unfit := set(str(path.absolute())) & set("[\\") - {os.sep}:
             raise RunFolderError(
-                f"--run-dir {path}: must not have [ in its name, where orbax writes checkpoints "
-                "that it cannot read; choose another folder"
+                f"--run-dir {path}: must not have {unfit.pop()} in its name, where orbax writes "
+                "checkpoints that it cannot read; choose another folder"
             )
         with writing(path):
+            if config.run_dir is None:
+                path = make_unique(path)
             path.mkdir(parents=True, exist_ok=True)
-            taken = any(path.iterdir())
-        if taken:
-            kept = "a run" if (path / "config.json").exists() else "other files"
-            raise RunFolderError(
-                f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
-            )
-        folder.write("config.json", config.to_json())
+            try:
+                if any(path.iterdir()):
+                    raise FileExistsError
+                # Of two runs that find the same folder empty, one can do this.
+                (path / "config.json").open("x").close()
+            except FileExistsError as error:
+                kept = "a run" if (path / "config.json").exists() else "other files"
+                raise RunFolderError(
+                    f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
+                ) from error
+        try:
+            cls(path).write("config.json", config.to_json())
+        except BaseException:
+            (path / "config.json").unlink()
+            raise
         # Other processes may have been started elsewhere.
         return path if jax.process_count() == 1 else path.absolute()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here, until the end or the death of this one.
+
+        Raises:
+            RunFolderError: another process does.
+        """
+        if not self.writes or fcntl is None:  # Windows has no locks for folders
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            # A file system without locks, as some over a network, locks nothing.
+            with suppress(OSError):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise RunFolderError(
+                        f"{self.path}: another process is training there; wait until it ends, or "
+                        "stop it"
+                    ) from error
+            yield
+        finally:
+            os.close(handle)
 
     def read_config(self) -> TrainConfig:
         """The run's configuration.
@@ -93,20 +134,39 @@ class RunFolder:
             file.write(line)
 
     def write(self, name: str, content: str | bytes) -> None:
-        """A whole file, or none: written under another name, then renamed."""
+        """A whole file, or none."""
         if not self.writes:
             return
-        path, partial = self.path / name, self.path / f".{name}.partial"
-        data = content.encode() if isinstance(content, str) else content
-        with writing(path):
-            try:
-                with partial.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with writing(self.path / name):
+            data = content.encode() if isinstance(content, str) else content
+            write_whole(self.path / name, data)
+
+    def read_metrics(self) -> dict[Arm, list[Evaluation]]:
+        """The evaluations so far, in every process; without a last line that was not finished."""
+        path, arms = self.path / "metrics.jsonl", dict[Arm, list[Evaluation]]()
+        for line in by_first(lambda: path.read_bytes() if path.exists() else b"").splitlines():
+            with suppress(ValueError):
+                record: dict[str, Any] = json.loads(line)
+                numbers: dict[str, Any] = {
+                    k: math.nan if v is None else v for k, v in record.items()
+                }
+                arms.setdefault(numbers.pop("arm"), []).append(Evaluation(**numbers))
+        return arms
+
+    def write_metrics(self, arms: Mapping[Arm, Sequence[Evaluation]]) -> None:
+        """Replace the evaluations, as a run does that goes on from an earlier step."""
+        lines = [metrics_line(arm, e) for arm, evaluations in arms.items() for e in evaluations]
+        self.write("metrics.jsonl", "".join(lines))
+
+
+def make_unique(path: Path) -> Path:
+    """A new folder of that name, or of the first free one that continues it: NAME-2, NAME-3."""
+    for number in itertools.count(1):
+        name = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            name.mkdir(parents=True)
+            return name
+    raise AssertionError
 
 
 @contextmanager

@@ -8,6 +8,7 @@ says in one line what has happened. As a program it needs Python alone, and star
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO, TextIO
 
 UNMET = (
@@ -55,8 +56,9 @@ def remains(folder: Path | None) -> str:
     whole = [path for path in found if path.name.isdecimal()]
     if not whole:
         return "no checkpoint was due yet"
-    newest = max(whole, key=lambda path: (path.stat().st_mtime, int(path.name)))
-    return f"the last checkpoint is {newest}"
+    # Arms are trained in the order of their names. Times tell nothing: deletion renews them.
+    newest = max(whole, key=lambda path: (path.parent.name, int(path.name)))
+    return f"the last checkpoint is {newest}; to go on: bn-jax train --resume {quote(str(folder))}"
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_the_table_above_has_every_flag_and_every_choice():
 def instant(monkeypatch):
     """Training takes no time and changes nothing but the step."""
 
-    def train(config, model, optimizer, data, watch):
+    def train(config, model, optimizer, data, watch, resumed):
         start = init_state(model, optimizer, data.train_images[:2], config.seed)
         best = 0.9 if model.normalization else 0.5
         for step in (*range(0, config.steps, config.evaluate_every), config.steps):
@@ -346,7 +346,7 @@ def test_an_interrupt_names_the_last_checkpoint(
     name, stand_in, named, tmp_path, monkeypatch, instant
 ):
     monkeypatch.setattr(experiment, name, stand_in)
-    message = rf"the last checkpoint is {tmp_path}/run/checkpoints/{named}$"
+    message = rf"the last checkpoint is {tmp_path}/run/checkpoints/{named}; to go on: bn-jax train"
     with pytest.raises(Interrupted, match=message if named else "no checkpoint was due yet"):
         run(tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -366,7 +366,7 @@ def test_a_run_that_was_stopped_at_once_has_none(tmp_path, monkeypatch, instant)
     with pytest.raises(Interrupted):
         run(tmp_path / "run")
     assert newest_checkpoint(tmp_path / "run" / "checkpoints" / "batch") is None
-    with pytest.raises(CheckpointError, match=r"run holds no finished checkpoint; train again"):
+    with pytest.raises(CheckpointError, match=r"run holds no sound checkpoint; train again"):
         evaluate_run(RunFolder(tmp_path / "run"))
 
 

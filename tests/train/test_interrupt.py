@@ -1,9 +1,11 @@
-"""Ctrl-C and worse, in real processes: the last checkpoint stays good, and is named."""
+"""Ctrl-C and worse, in real processes: the run is kept up to there, and can go on."""
 
 import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 
 from bn_jax.train.experiment import evaluate_run
 from bn_jax.train.run_folder import RunFolder
+from bn_jax.train.stopping import asked_to_stop
+from tests.train.conftest import heeding_interrupts
 
 ENDLESS = ("--steps", 10**8, "--evaluate-every", 20, "--hidden", 10, "--norm", "batch")
 
@@ -43,17 +47,18 @@ class Stopped(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stopped(start, finish, tmp_path_factory):
-    """Three endless runs at once, and how each of them was ended: by name."""
+    """Endless runs at once, and how each of them was ended: by name."""
     signals = {"before": signal.SIGINT, "after": signal.SIGINT, "killed": signal.SIGKILL}
+    signals["ended"] = signal.SIGTERM
     root = tmp_path_factory.mktemp("stopped")
-    every = {"before": 10**8, "after": 100, "killed": 20}
+    every = {"before": 10**8, "after": 100, "killed": 20, "ended": 10**8}
     running = {
         name: start("train", *ENDLESS, "--checkpoint-every", every[name], "--run-dir", root / name)
         for name in signals
     }
 
     def due(name):
-        if name == "before":
+        if name in ("before", "ended"):
             # The network as it starts has been evaluated, and JAX compiles the training steps.
             return (root / name / "metrics.jsonl").exists()
         return len(checkpoints(root / name)) == 2
@@ -67,7 +72,7 @@ def stopped(start, finish, tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("name", ["before", "after", "killed"])
+@pytest.mark.parametrize("name", ["before", "after", "killed", "ended"])
 def test_no_half_of_a_file_under_its_name(name, stopped):
     folder = stopped[name].folder
     names = {path.name for path in folder.iterdir()}
@@ -76,15 +81,13 @@ def test_no_half_of_a_file_under_its_name(name, stopped):
     assert all(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
-def test_before_a_checkpoint(stopped):
-    _, status, stderr = stopped["before"]
-    assert (status, stderr) == (130, "stopped; no checkpoint was due yet\n")
-
-
-def test_after_a_checkpoint(stopped):
-    folder, status, stderr = stopped["after"]
+@pytest.mark.parametrize("name", ["before", "after", "ended"])
+def test_a_run_that_is_asked_to_stop_keeps_what_it_has(name, stopped):
+    """By Ctrl-C and by SIGTERM; whether a checkpoint was due or not."""
+    folder, status, stderr = stopped[name]
     newest = max(checkpoints(folder), key=lambda path: int(path.name))
-    assert (status, stderr) == (130, f"stopped; the last checkpoint is {newest}\n")
+    said = f"stopped at step {int(newest.name):,} with batch norm; to go on: bn-jax train --resume"
+    assert (status, stderr) == (143 if name == "ended" else 130, f"{said} {folder}\n")
     results = evaluate_run(RunFolder(folder))
     assert results["batch"]["step"] == int(newest.name)
     assert 0 <= results["batch"]["test_accuracy"] <= 1
@@ -130,3 +133,38 @@ def test_none_is_lost(main, capsys, monkeypatch):
     watchdog.cancel()
     assert not late.is_set()
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.usefixtures("heeded")
+def test_sigterm_while_the_data_is_read(main, capsys, monkeypatch):
+    load = "bn_jax.train.experiment.load"
+    monkeypatch.setattr(load, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert main("train") == 143
+    assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.usefixtures("heeded")
+def test_who_asks_twice_is_heard_at_once():
+    with asked_to_stop() as status:
+        assert status() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert status() == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with asked_to_stop() as status:
+        signal.raise_signal(signal.SIGTERM)
+        assert status() == 143
+
+
+def test_a_second_interrupt_while_the_first_is_answered_leaves_no_traceback():
+    program = (
+        "import signal, sys\n"
+        "from bn_jax import cli\n"
+        "def interrupt(*_, **__): signal.raise_signal(signal.SIGINT)\n"
+        "cli.run_command = cli.stderr.print = interrupt\n"
+        "cli.program()"
+    )
+    with heeding_interrupts():
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

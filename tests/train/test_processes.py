@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,15 +18,15 @@ from jax.experimental import multihost_utils
 
 from bn_jax.data import load
 from bn_jax.train.build import build_model, build_optimizer
-from bn_jax.train.checkpoint import load_newest
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.device import split_cpu
-from bn_jax.train.experiment import evaluate_run
+from bn_jax.train.experiment import evaluate_run, load_progress
 from bn_jax.train.loop import train
 from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder
-from bn_jax.train.step import init_state
 from bn_jax.train.witness import MARK, UNMET, watch
+from tests.train.test_interrupt import wait_until
+from tests.train.test_resume import assert_same_end
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 pytestmark = [needs_signals, pytest.mark.usefixtures("lenient")]
@@ -84,8 +85,8 @@ def test_the_run_is_that_of_a_single_process(pair):
     config = TrainConfig(steps=200, **fields)
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
     *_, ((state, *_), evaluation) = train(config, model, optimizer, data)
-    like = jax.eval_shape(lambda: init_state(model, optimizer, data.train_images[:2], 0))
-    other = load_newest(folder / "checkpoints" / "batch", like)
+    progress = load_progress(RunFolder(folder).read_config(), "batch", data, RunFolder(folder))
+    other = progress.state
     assert (int(other.step), other.key) == (200, state.key)
     # Means of 64 terms that are at most 1, halved otherwise: 64·2⁻²⁴ = 4e-6 per step at most and
     # its root, 5e-7, as a rule, times a rate of 0.15; over 200 steps √200 times as much: 1e-6.
@@ -127,16 +128,37 @@ def test_when_one_goes_the_other_says_so_and_goes(number, name, launch, finish, 
     assert status != 0
     newest = max(checkpoints(folder), key=lambda path: int(path.name))
     assert stderr.startswith(GONE)
-    assert stderr.endswith(f"; the last checkpoint is {newest}\n")
+    again = f"to go on: bn-jax train --resume {folder}"
+    assert stderr.endswith(f"; the last checkpoint is {newest}; {again}\n")
     assert stderr.count("\n") == 1
     assert victim[0] == (-signal.SIGKILL if name == signal.SIGKILL else 130)
     if name == signal.SIGINT:
         # Who speaks says what is kept.
-        said = f"stopped; the last checkpoint is {newest}\n" if number == 0 else ""
+        said = f"stopped; the last checkpoint is {newest}; {again}\n" if number == 0 else ""
         assert victim[2] == said
     # What is left is good.
     results = evaluate_run(RunFolder(folder))
     assert results["none"]["step"] == int(newest.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_sigterm_to_one_stops_both_which_go_on_later(number, launch, finish, tmp_path, pair):
+    """To the byte what two processes compute that nobody stops."""
+    folder = tmp_path / "run"
+    processes = launch(*STEPS, "--steps", 200, "--run-dir", folder, "--checkpoint-every", 100)
+    wait_until((folder / "metrics.jsonl").exists, processes[0])
+    processes[number].send_signal(signal.SIGTERM)
+    (status, _, stderr), other = map(finish, processes)
+    assert status == 143
+    assert re.fullmatch(
+        rf"stopped at step (100|200) with batch norm; to go on: .*--resume {folder}\n", stderr
+    )
+    assert other == (143, "", "")
+    (status, _, stderr), other = map(finish, launch("--resume", folder))
+    assert (status, stderr) == (0, "")
+    assert other == (0, "", "")
+    assert_same_end(pair[0], folder)
 
 
 def test_what_ends_process_0_ends_all(launch, finish, tmp_path):
@@ -233,8 +255,11 @@ def test_the_words_of_a_witness(tmp_path):
     assert said(met, killed) == said(folder, killed) == f"{GONE}; no checkpoint was due yet\n"
     for name in ("batch/10", "batch/9", "batch/11.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        os.utime(tmp_path / "checkpoints" / name, (1, 1))
-    last = f"the last checkpoint is {tmp_path / 'checkpoints' / 'batch' / '10'}\n"
+        # The older the step, the later: as where something was deleted there.
+        later = 20 - int(name.partition("/")[2].partition(".")[0])
+        os.utime(tmp_path / "checkpoints" / name, (later, later))
+    last = f"the last checkpoint is {tmp_path / 'checkpoints' / 'batch' / '10'}"
+    last += f"; to go on: bn-jax train --resume {tmp_path}\n"
     assert said(folder, killed) == f"{GONE}; {last}"
     # Told by an exception too, and in the middle of a line of C++'s.
     for lines in [(folder, MARK + b"lost closed\n"), (folder, b"[Gloo]" + MARK + b"lost closed\n")]:

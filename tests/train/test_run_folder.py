@@ -1,17 +1,31 @@
 """A run's folder is new, says what it cannot do, and never holds half a file under its name."""
 
+import errno
+import math
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.loop import Evaluation
 from bn_jax.train.run_folder import RunFolder, RunFolderError
 
 needs_full_device = pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="needs a device that is always full"
 )
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """As the operating system tells of it when bytes are to reach the disk."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
 
 
 def names(folder):
@@ -58,12 +72,70 @@ def test_where_no_folder_can_be(below, tmp_path):
         RunFolder.create(TrainConfig(run_dir=path))
 
 
-def test_a_name_that_orbax_takes_for_a_pattern(tmp_path, monkeypatch):
-    """Its checkpoints could be written but not read."""
+@pytest.mark.parametrize("name", ["lr[0.1]", "back\\slash"])
+def test_a_name_that_orbax_does_not_take_as_it_is(name, tmp_path, monkeypatch):
+    """Its checkpoints could not be read, or would lie elsewhere."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunFolderError, match=r"--run-dir lr\[0.1\]: must not have \[ .*another"):
-        RunFolder.create(TrainConfig(run_dir=Path("lr[0.1]")))
+    message = rf"--run-dir {re.escape(name)}: must not have . in its name, where orbax .*another"
+    with pytest.raises(RunFolderError, match=message):
+        RunFolder.create(TrainConfig(run_dir=Path(name)))
     assert names(tmp_path) == []
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    class Clock:
+        now = staticmethod(lambda: datetime(2026, 1, 31, 12))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bn_jax.train.run_folder.datetime", Clock)
+    paths = [RunFolder.create(TrainConfig(seed=seed)).path for seed in range(3)]
+    assert [path.name for path in paths] == [f"2026-01-31-120000{end}" for end in ("", "-2", "-3")]
+    assert [RunFolder(path).read_config().seed for path in paths] == [0, 1, 2]
+
+
+def test_of_two_runs_that_find_one_folder_empty_one_gets_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
+    RunFolder.create(TrainConfig(run_dir=tmp_path, seed=1))
+    with pytest.raises(RunFolderError, match="already holds a run; choose a new folder"):
+        RunFolder.create(TrainConfig(run_dir=tmp_path, seed=2))
+    assert RunFolder(tmp_path).read_config().seed == 1
+
+
+def test_one_trains_in_a_folder_and_another_is_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    message = rf"{tmp_path}: another process is training there; wait until it ends"
+    with folder.locked(), pytest.raises(RunFolderError, match=message), folder.locked():
+        raise AssertionError("both are in")
+    with folder.locked():  # it is free again
+        assert names(tmp_path) == []
+    # Of the processes of one run, the first alone has the lock.
+    with folder.locked(), RunFolder(tmp_path, writes=False).locked():
+        pass
+
+
+def test_a_link_under_a_name_for_what_is_being_written_is_not_followed(tmp_path, monkeypatch):
+    """Nobody can guess that name; and were it there, it would not be followed."""
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".summary.json.guessed.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunFolderError, match=r"summary.json cannot be written"):
+        RunFolder(tmp_path).write("summary.json", "theirs")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_metrics_come_back_as_they_were(tmp_path):
+    folder = RunFolder(tmp_path)
+    arms = {
+        "batch": [Evaluation(0, math.nan, 0.1, 0.0), Evaluation(5, 1 / 3, 2 / 3, 1e5 / 3, 1)],
+        "none": [Evaluation(0, math.nan, 0.1, 0.0, seed=3, diverged=True)],
+    }
+    folder.write_metrics(arms)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text + text[:40])  # a kill in the middle of a line
+    again = folder.read_metrics()
+    folder.write_metrics(again)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert again["batch"][1] == arms["batch"][1]
 
 
 def test_whole_files(tmp_path):
@@ -85,10 +157,8 @@ def test_lines(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\n"
 
 
-@needs_full_device
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "curves.png"])
-def test_a_full_disk_leaves_no_half_of_a_file(name, tmp_path):
-    (tmp_path / f".{name}.partial").symlink_to("/dev/full")
+def test_a_full_disk_leaves_no_half_of_a_file(name, tmp_path, full_disk):
     with pytest.raises(
         RunFolderError, match=rf"{tmp_path / name} cannot be written \(No space left"
     ):
@@ -96,11 +166,9 @@ def test_a_full_disk_leaves_no_half_of_a_file(name, tmp_path):
     assert names(tmp_path) == []
 
 
-@needs_full_device
-def test_a_full_disk_keeps_the_old_file(tmp_path):
+def test_a_full_disk_keeps_the_old_file(tmp_path, full_disk):
     folder = RunFolder(tmp_path)
-    folder.write("summary.json", "old")
-    (tmp_path / ".summary.json.partial").symlink_to("/dev/full")
+    (tmp_path / "summary.json").write_text("old")
     with pytest.raises(RunFolderError, match=r"No space left.*make room"):
         folder.write("summary.json", "new")
     assert (tmp_path / "summary.json").read_text() == "old"
@@ -117,7 +185,8 @@ def test_an_interrupt_leaves_no_half_of_a_file(tmp_path, monkeypatch):
     """A file is under its name only after its bytes are on the disk."""
 
     def interrupt(_):
-        assert names(tmp_path) == [".summary.json.partial"]
+        (name,) = names(tmp_path)
+        assert re.fullmatch(r"\.summary\.json\.\w{16}\.partial", name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupt)
