@@ -1,1 +1,1 @@
-"""Speed and accuracy, measured against the peers."""
+"""Benchmarks: accuracy, speed, memory and compile time, compared with other libraries."""

@@ -1,4 +1,4 @@
-"""How far each layer is from float64 on the same inputs, and whether ours keeps its bars.
+"""The error of each layer against float64 on the same inputs, and whether ours keeps its bars.
 
 x ~ N(R, 1) per feature, dy ~ N(0, 1), γ = 1, ε = 1e-5, float32, jitted. The bars:
 
@@ -8,27 +8,20 @@ x ~ N(R, 1) per feature, dy ~ N(0, 1), γ = 1, ε = 1e-5, float32, jitted. The b
     dγ, dβ, relative to Σ|dy·x̂|, Σ|dy|              2e-6
     mean, in ulp                                    2
 
-Three of them, as they stand, can be met by nothing that computes in float32:
+Three of the bars cannot be met by any computation in float32 as they stand, and are adjusted:
 
-- dx relative to max |dx| at m = 2 and 3. dx = γr·P(dy), where P removes the components of dy along
-  1 and x̂. With m = 2 these span everything: dx is what ε leaves, γ r dy ε/(σ² + ε), the
-  difference of terms 10⁵ times larger, and so has 5 digits less. With m = 3 one direction is left,
-  and dy can be as nearly orthogonal to it as it likes. The size against which rounding is measured
-  is that of the terms, γ r (|dy| + |E dy| + |x̂ E[dy·x̂]|); max |dx| counts from m = 5 on.
-- 2 ulp of a mean that is near zero. A mean of m values is at best the rounded sum of rounded
-  deviations from an origin, off by u times their size, σ, however small the mean itself is. Asked
-  is 2 ulp of max(|μ|, σ); for R ≥ 100 that is the mean's own ulp.
-- 5e-6 for a y that is itself large: beyond ten standard deviations, where no normal x is, y is
-  rounded at its own size. Asked there is 8 units of roundoff.
+- dx relative to max |dx|, for m = 2 and 3. dx = γr·P(dy), where P removes the components of dy
+  along 1 and x̂. With m = 2, these span everything, and only what ε leaves remains:
+  γ r dy ε/(σ² + ε), a difference of terms 10⁵ times as large, so 5 digits are lost. With m = 3,
+  one direction is left, and dy can be arbitrarily close to orthogonal to it. So for m < 5 the
+  error is taken relative to the size of the terms, γ r (|dy| + |E dy| + |x̂ E[dy·x̂]|).
+- 2 ulp of a mean near zero. At best, a mean is the rounded sum of rounded deviations from an
+  origin. Its error is u times their size, σ, however small the mean is. So the bar is 2 ulp of
+  max(|μ|, σ), which for R ≥ 100 is an ulp of the mean itself.
+- 5e-6 for large y. Beyond ten standard deviations, where a normal x never is, y is rounded
+  relative to its own size, and the bar is 8 units of roundoff.
 
-Run it with: bn-jax bench --suite accuracy
-
-Last result, 2026-11-26, jax 0.10.2 on a CPU: ours keeps all bars; the worst errors at any R up to
-1e5 are 2e-7 (variance), 8e-7 (y), 2e-7 (dx). At R = 100, y is off by 0.6 in flax as it comes and
-haiku, 3e-4 in flax with use_fast_variance=False and equinox, 6e-5 in keras, 1e-3 in torch.
-On an NVIDIA H100, 2026-11-27, jax 0.11.2: ours keeps all bars; at worst 5e-7 (variance), 1e-6 (y),
-3e-7 (dx). At R = 100, y is off by 0.6 in flax and haiku, 3e-4 in flax with use_fast_variance=False,
-equinox and torch 2.11.
+Run it with: bn-jax bench --suite accuracy. Results are in RESULTS.md.
 """
 
 import math
@@ -53,7 +46,7 @@ def run(
     offsets: Sequence[float] = OFFSETS,
     sizes: Sequence[tuple[int, int]] = SIZES,
 ) -> Report:
-    """The worst error of each peer over all sizes, per quantity and offset."""
+    """Find each peer's worst error over all sizes, per quantity and offset."""
     rows = []
     for offset in offsets:
         batches = [normal(*size, offset) for size in sizes]
@@ -85,7 +78,7 @@ def normal(m: int, features: int, offset: float = 0.0) -> tuple[np.ndarray, np.n
 
 
 def nominal_bars(offset: float) -> dict[str, float]:
-    """The bars of this module's docstring."""
+    """The bars listed in this module's docstring, at one offset R."""
     near = offset <= 1e4
     return {
         "var": 1e-6 if near else 1e-5,
@@ -104,12 +97,12 @@ def errors(
     dy: np.ndarray,
     offset: float,
 ) -> dict[str, float]:
-    """The worst error of each quantity, in the units of its bar; infinite where it is no number."""
+    """The worst error of each quantity, in the unit of its bar; infinite where it is NaN."""
     dy = oracle.wide(dy)
-    nominal, spread = nominal_bars(offset), np.sqrt(truth.var)
+    nominal, std = nominal_bars(offset), np.sqrt(truth.var)
     y_size = np.maximum(1, 8 * oracle.U * np.abs(truth.y) / nominal["y"])
-    mean_term, spread_term = truth.dbias, known.normalized * truth.dscale
-    along = (np.abs(mean_term) + np.abs(spread_term)) / np.where(known.count > 0, known.count, 1)
+    mean_term, std_term = truth.dbias, known.normalized * truth.dscale
+    along = (np.abs(mean_term) + np.abs(std_term)) / np.where(known.count > 0, known.count, 1)
     terms = (known.inverse_std * (np.abs(dy) + along)).max(0)
     dx_size = terms if len(dy) < 5 else np.minimum(terms, np.abs(truth.dx).max(0))
     sizes = {
@@ -118,7 +111,7 @@ def errors(
         "dx": dx_size,
         "dscale": np.abs(dy * known.normalized).sum(0),
         "dbias": np.abs(dy).sum(0),
-        "mean": ulp(np.maximum(np.abs(truth.mean), spread)),
+        "mean": ulp(np.maximum(np.abs(truth.mean), std)),
     }
     tiny = np.finfo(float).tiny
     result = {}
@@ -135,10 +128,10 @@ def ulp(x: np.ndarray) -> np.ndarray:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Quantities and offsets down, contenders across."""
+    """A table with a row per quantity and offset, and a column per contender."""
     names = list(dict.fromkeys(r["contender"] for r in rows))
     result = Table(
-        title="Worst error against float64, x ~ N(R, 1); over its bar in red",
+        title="Worst error against float64, x ~ N(R, 1); red: above the bar",
         title_justify="left",
         caption="y: absolute; mean: in units of the last place; the others relative. "
         "flax accurate: use_fast_variance=False",
@@ -162,7 +155,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
-    """Ours, and only ours, is to keep them all."""
+    """The bars, which only our layer has to keep."""
     return [
         Bar(f"{r['quantity']} at R = {r['offset']:g}", r["error"], r["bar"], at_least=False)
         for r in rows

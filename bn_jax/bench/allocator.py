@@ -1,4 +1,4 @@
-"""A memory allocator that does not give large arrays back between two turns."""
+"""A memory allocator that keeps large arrays between turns."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**30),
 }
-"""Arrays of tens of MB otherwise spend most of their time in page faults, whoever computes them."""
+"""Without these settings, page faults take most of the time for arrays of tens of MB."""
 
 
 def keep_memory() -> None:
-    """Start this process again, once, with an allocator (glibc's) that keeps its memory."""
+    """Restart this process, once, with glibc's allocator set to keep freed memory."""
     if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items():
         os.environ.update(ALLOCATOR)
         os.execv(sys.executable, sys.orig_argv)

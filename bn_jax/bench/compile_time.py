@@ -1,22 +1,7 @@
-"""How long a layer, and a stack of twenty, take to be traced, lowered and compiled.
+"""The time to trace, lower and compile a layer, and a stack of twenty.
 
-Run it with: bn-jax bench --suite compile
-
-Last results, 2026-11-26, 2 cores of an AMD EPYC (on a day when it was half as fast as at its best),
-jax 0.10.2, flax 0.12.8: 1.48 times flax's time for a layer (418 ms), 1.27 times for a stack of
-twenty (2.6 s). Before y was made from sums, and counts were known where nothing is masked, 1.61 and
-1.46 the same day. Of the stack, tracing takes 1.3 times flax's time, lowering 1.5, XLA 1.3.
-On an NVIDIA H100, 2026-11-27, jax 0.11.2, flax 0.12.10: 1.37 times for a layer (293 ms), 1.31 times
-for the stack (2.4 s).
-
-Where it goes: a kernel takes XLA about 10 ms, one with expm1 27, with tanh 16. A layer has 18 (21
-before), flax's 15, of which 5 are calls into a library. What was tried besides: quotients behind a
-barrier instead of guarded, no gain; unguarded where the count is a power of two, 5% of a layer and
-nothing of a stack; 1/√∞ for a feature without spread, which saves a selection, but of 16 features
-LLVM then unrolls the whole loop that makes y, 30% more; the forward pass traced once for all layers
-of a shape, as the derivative is, 5% of a stack. None of these is in. Of what the program before
-took more than flax's, guards against empty batches, constant features and bad moments were a third,
-and the origin another.
+Run it with: bn-jax bench --suite compile. Results, and what was tried to improve them, are in
+RESULTS.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +23,7 @@ SHAPE = (8, 16, 16, 16)
 def run(
     peers: Sequence[str], *, turns: int = 15, shape: tuple[int, ...] = SHAPE, depth: int = 20
 ) -> Report:
-    """Time all JAX layers whose features are last; the stack in a third of the turns."""
+    """Time all JAX layers with features last; the stack gets a third of the turns."""
     names = [name for name in peers if name in FUNCTIONAL and name != "equinox"]
     timings = {
         "layer": interleave(
@@ -56,7 +41,7 @@ def run(
             "contender": name,
             "milliseconds": timing.median * 1e3,
             "ratio": timing.ratio,
-            "quartiles": list(timing.spread),
+            "quartiles": list(timing.quartiles),
         }
         for what, found in timings.items()
         for name, timing in found.items()
@@ -65,7 +50,7 @@ def run(
 
 
 def layer_compiler(name: str, shape: tuple[int, ...]) -> Callable[[], object]:
-    """A function that compiles a layer's step anew."""
+    """A function that compiles a layer's training step from scratch."""
     layer = FUNCTIONAL[name](shape, 0.99)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -78,7 +63,7 @@ def layer_compiler(name: str, shape: tuple[int, ...]) -> Callable[[], object]:
 
 
 def stack_compiler(name: str, shape: tuple[int, ...], depth: int) -> Callable[[], object]:
-    """A function that compiles a stack's gradient anew."""
+    """A function that compiles a stack's gradient from scratch."""
     params, state, loss = make_stack(name, shape, depth)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -90,7 +75,7 @@ def stack_compiler(name: str, shape: tuple[int, ...], depth: int) -> Callable[[]
 
 
 def table(timings: dict[str, dict[str, Timing]]) -> Table:
-    """Layers down."""
+    """A table with a row per layer."""
     result = Table(
         title="Tracing, lowering and compiling in ms; in brackets, how many times ours",
         title_justify="left",
@@ -108,7 +93,7 @@ def table(timings: dict[str, dict[str, Timing]]) -> Table:
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
-    """At most 1.1 times flax's."""
+    """Bars: at most 1.1 times flax's time."""
     return [
         Bar(f"{r['what']}, {OURS} / flax", 1 / r["ratio"], 1.1, at_least=False)
         for r in rows

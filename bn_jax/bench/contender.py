@@ -1,7 +1,7 @@
-"""What a batch norm layer must offer to be measured, and how a functional one offers it.
+"""The interface through which layers are measured, and an adapter for functional ones.
 
-Three instances of a `Functional`: flax's module with its variables as params and state, haiku's
-transformed function, ours. torch's layer, which is no function, is a `Layer` by itself.
+A `Functional` is, for example, flax's module with its variables as params and state, haiku's
+transformed function, or ours. torch's layer is not a function, so it is a `Layer` itself.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from bn_jax.bench.oracle import Outcome
 
 
 class Layer(NamedTuple):
-    """A layer with its batch at hand.
+    """A layer together with a batch to measure it on.
 
     Attributes:
-        step: forward in training mode and backward: y, the new state, all gradients.
-        infer: forward by the running statistics.
-        wait: for what step or infer has returned, and so on a GPU, whose work is done in order,
-            for all that was begun before.
-        outcome: of a step, in float64; mean and var are those the layer remembers, which at decay 0
-            are the batch's own.
+        step: runs forward in training mode and backward: y, the new state, all gradients.
+        infer: runs forward by the running statistics.
+        wait: waits for a result of step or infer. A GPU works in order, so everything that was
+            started before is then done too.
+        outcome: the results of a step in float64. mean and var are the running statistics; with
+            decay 0 these are the batch's own.
     """
 
     step: Callable[[], object]
@@ -34,18 +34,27 @@ class Layer(NamedTuple):
 
 
 Build = Callable[..., Layer]
-"""(x, dy, dtype, decay=0.99) -> Layer; x and dy are float arrays with the features last."""
+"""(x, dy, dtype, decay=0.99) -> Layer. x and dy are float arrays with features last."""
 
 
 class Functional(NamedTuple):
-    """A JAX layer as functions; params has the leaves scale and bias, however they are nested.
+    """A JAX layer as functions. The leaves of params are scale and bias, nested in any way.
 
     Attributes:
-        params: what is differentiated.
-        state: running statistics.
+        params: the values to be differentiated.
+        state: the running statistics.
         apply: (params, state, x, train) -> (y, new state).
         moments: state -> (mean, var).
-        unbiased: whether var is.
+        unbiased: whether var is unbiased.
+
+    >>> import bn_jax as bn
+    >>> layer = Functional(
+    ...     *bn.init(3),
+    ...     apply=lambda params, state, x, train: bn.batch_norm(x, params, state, train=train),
+    ...     moments=lambda state: (state.mean, state.var),
+    ...     unbiased=True,
+    ... )
+    >>> y, state = layer.apply(layer.params, layer.state, jnp.ones((4, 3)), True)
     """
 
     params: Any
@@ -61,7 +70,7 @@ Make = Callable[[Shape, float], Functional]
 
 
 def functional_layer(make: Make, *, channels_first: bool = False) -> Build:
-    """The build function of a JAX layer."""
+    """Turn a JAX layer into a `Build` function."""
 
     def build(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
         layer, axis, count = make(x.shape, decay), -1, x.size // x.shape[-1]
@@ -93,7 +102,7 @@ def functional_layer(make: Make, *, channels_first: bool = False) -> Build:
 
 
 def training_step(apply: Callable[..., tuple[Array, Any]]) -> Callable[..., Any]:
-    """(params, state, x, dy) -> (y, new state, gradient of params, gradient of x)."""
+    """A function (params, state, x, dy) -> (y, new state, gradient of params, gradient of x)."""
 
     def step(params: Any, state: Any, x: Array, dy: Array) -> Any:
         y, pullback, state = jax.vjp(
@@ -105,7 +114,7 @@ def training_step(apply: Callable[..., tuple[Array, Any]]) -> Callable[..., Any]
 
 
 def in_order(params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, bias), by name where they have one."""
+    """The leaves of params as (scale, bias), told apart by their names if they have some."""
     leaves = [
         (jax.tree_util.keystr(path), leaf.reshape(-1))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -116,5 +125,5 @@ def in_order(params: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wide(a: Array) -> np.ndarray:
-    """As float64."""
+    """Convert to float64."""
     return np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a).astype(np.float64)

@@ -1,13 +1,8 @@
-"""What folding saves: a deep convolutional network at inference, with and without batch norms.
+"""What folding saves at inference: a deep convolutional network with and without batch norms.
 
-Jitted, op by op (without jit), and the compilation.
+It times the jitted network, the network without jit, and the compilation.
 
-Run it with: bn-jax bench --suite fold
-
-Last result, 2026-11-24, 2 cores that others used too, jax 0.10.2, flax 0.12.8, 20 layers of 8
-features: unfolded takes 1.7 times as long op by op (189 ms), and 1.6 times as long to compile (495
-ms). Jitted, it takes 1.00 to 1.07 times as long, which is within the noise: XLA fuses a batch norm
-with the relu after it, in one pass over the data that the folded bias needs as well.
+Run it with: bn-jax bench --suite fold. Results are in RESULTS.md.
 """
 
 from collections.abc import Callable
@@ -27,7 +22,7 @@ FOLDED = "folded"
 
 
 def run(*, turns: int = 15, layers: int = 20, batch: int = 1, features: int = 8) -> Report:
-    """Time both on images of 28×28; op by op and the compilation in a third of the turns."""
+    """Time both networks on images of 28×28; only the jitted ones get all turns, others a third."""
     model, variables = deep_linen(layers, features)
     folded, fewer, _ = fold_linen(model, variables)
     x = jax.random.normal(jax.random.key(1), (batch, 28, 28, features))
@@ -45,7 +40,7 @@ def run(*, turns: int = 15, layers: int = 20, batch: int = 1, features: int = 8)
 
 
 def deep_linen(layers: int, features: int) -> tuple[nn.Sequential, dict[str, Any]]:
-    """Convolutions, each followed by a batch norm and a relu, and their variables."""
+    """A network of convolutions, each followed by a batch norm and a relu, with its variables."""
     blocks = [
         (nn.Conv(features, (3, 3), use_bias=False), BatchNorm(use_running_average=True), nn.relu)
         for _ in range(layers)
@@ -54,22 +49,22 @@ def deep_linen(layers: int, features: int) -> tuple[nn.Sequential, dict[str, Any
     return model, dict(model.init(jax.random.key(0), jnp.ones((1, 8, 8, features))))
 
 
-# Functions that block until their work is done.
+# Each of these returns a function that blocks until its work is done.
 
 
 def jitted(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> Callable[[], object]:
-    """A call of a compiled network."""
+    """A function that calls the compiled network."""
     apply = jax.jit(model.apply)
     return lambda: jax.block_until_ready(apply(variables, x))
 
 
 def op_by_op(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> Callable[[], object]:
-    """A call without jit."""
+    """A function that calls the network without jit."""
     return lambda: jax.block_until_ready(model.apply(variables, x))
 
 
 def compiler(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> Callable[[], object]:
-    """A compilation anew."""
+    """A function that compiles the network from scratch."""
 
     def run() -> object:
         jax.clear_caches()
@@ -79,18 +74,18 @@ def compiler(model: nn.Module | FoldedModule, variables: Any, x: jax.Array) -> C
 
 
 def row(what: str, name: str, timing: Timing) -> dict[str, Any]:
-    """One figure: the median time, and how many times as long as folded it is."""
+    """One row: the median time, and its ratio to the folded network's."""
     return {
         "what": what,
         "contender": name,
         "milliseconds": timing.median * 1e3,
         "ratio": timing.ratio,
-        "quartiles": list(timing.spread),
+        "quartiles": list(timing.quartiles),
     }
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """What is timed down."""
+    """A table with a row per measurement."""
     result = Table(title=title, title_justify="left")
     for name in ("", "contender", "ms", "times (quartiles)"):
         result.add_column(name, justify="right")

@@ -1,7 +1,7 @@
-"""Timing that survives a noisy machine: contenders take turns, and ratios are taken turn by turn.
+"""Timing for a noisy machine: contenders take turns, and ratios are taken within a turn.
 
-A machine that slows down slows all contenders of that turn alike; the ratio of one turn hardly
-notices, where a ratio of two separate averages would.
+If the machine slows down, it slows down all contenders of that turn. So the ratio within a turn
+hardly changes, unlike the ratio of two separate averages.
 """
 
 import statistics
@@ -14,11 +14,15 @@ Contenders = Mapping[str, Callable[[], object]]
 
 
 class Timing(NamedTuple):
-    """The turns of one contender.
+    """The timings of one contender.
 
     Attributes:
-        seconds: of each turn.
-        ratios: of each turn, how many times as long as the reference took.
+        seconds: the time of each turn.
+        ratios: for each turn, the time as a multiple of the reference's.
+
+    >>> timing = Timing([1.0, 2.0, 4.0], [0.5, 1.0, 1.5])
+    >>> timing.median, timing.ratio
+    (2.0, 1.0)
     """
 
     seconds: list[float]
@@ -26,7 +30,7 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """The median turn, in seconds."""
+        """The median time, in seconds."""
         return statistics.median(self.seconds)
 
     @property
@@ -35,7 +39,7 @@ class Timing(NamedTuple):
         return statistics.median(self.ratios)
 
     @property
-    def spread(self) -> tuple[float, float]:
+    def quartiles(self) -> tuple[float, float]:
         """The first and third quartile of the ratios."""
         first, _, third = statistics.quantiles(self.ratios, n=4)
         return first, third
@@ -44,16 +48,21 @@ class Timing(NamedTuple):
 def interleave(
     contenders: Contenders, *, reference: str, turns: int = 15, warm: bool = False
 ) -> dict[str, Timing]:
-    """Time functions that block until their work is done, after one turn that does not count.
+    """Time functions in turns, after one turn that is not counted.
 
-    Who begins rotates from turn to turn. Between turns is a pause, in which threads that wait by
-    spinning (OpenMP's, and so torch's) give up the cores.
+    Each turn starts with another contender. A pause before each call lets threads that wait in a
+    loop (OpenMP's, and so torch's) give up the cores.
 
     Args:
-        contenders: by name.
-        reference: the name that ratios are relative to.
-        turns: that count, of every contender; at least 2.
-        warm: run once before each turn, for functions so short that waking up counts.
+        contenders: name -> a function that blocks until its work is done.
+        reference: the contender that ratios are relative to.
+        turns: how many turns are counted; at least 2.
+        warm: call each function once more before it is timed. Use it for calls so short that the
+            time to wake up from the pause matters.
+
+    >>> timings = interleave({"a": lambda: None, "b": lambda: None}, reference="a", turns=2)
+    >>> timings["a"].ratio
+    1.0
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())

@@ -1,6 +1,7 @@
-"""Batch normalization in float64 numpy, straight from the paper: what all else is compared with.
+"""Batch normalization in float64 numpy, directly from the paper: the reference for all tests.
 
-Weighted throughout (a mask is weights of 0 and 1), with any feature axes. Slow and obvious.
+It is weighted throughout (a mask is weights of 0 and 1) and takes any feature axes. It is written
+to be obviously right, and is slow.
 """
 
 from typing import NamedTuple
@@ -8,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 U = 2.0**-24
-"""Unit roundoff of float32: a correctly rounded result is off by at most U, relative."""
+"""Unit roundoff of float32: the largest relative error of a correctly rounded result."""
 
 
 class Forward(NamedTuple):
-    """What Algorithm 1 computes; statistics have the features' shape."""
+    """The results of Algorithm 1; statistics have the features' shape."""
 
     y: np.ndarray
     mean: np.ndarray
@@ -23,9 +24,10 @@ class Forward(NamedTuple):
 
 
 def forward(x, scale=1.0, bias=0.0, *, epsilon=1e-5, axis=-1, weights=None):
-    """Algorithm 1: μ, σ², x̂ and y; y = β for padding that is not finite, or of a single value.
+    """Algorithm 1: μ, σ², x̂ and y. y is β for padding that is not finite, and for a single value.
 
-    Floats are importances; one weight that is not 0 is a single value. A mask and integers count.
+    Masks and integers count values; floats are weights. A feature with only one weight that is not
+    0 has a single value.
     """
     counted = weights is None or np.asarray(weights).dtype.kind in "biu"
     x, weights = wide(x), filled(x, weights, axis)
@@ -49,11 +51,11 @@ def forward(x, scale=1.0, bias=0.0, *, epsilon=1e-5, axis=-1, weights=None):
 
 
 def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
-    """The paper's gradients, (dx, dγ, dβ), after simplification; wᵢ/m in the place of 1/m.
+    """The paper's gradients (dx, dγ, dβ), simplified, with wᵢ/m in place of 1/m.
 
     dβ = Σ dy,  dγ = Σ dy·x̂,  dxᵢ = γ r (dyᵢ - (wᵢ/m) (Σ dy + x̂ᵢ Σ dy·x̂)).
-    Padding that is not finite has y = β whatever the others are: its dx is 0, and of dy in dx's
-    sums it has no part.
+    Padding that is not finite has y = β, whatever the other values are. So its dx is 0, and its dy
+    is left out of the sums in dx.
     """
     f = forward(x, epsilon=epsilon, axis=axis, weights=weights)
     weights, batch, dy = filled(x, weights, axis), batch_axes(wide(x), axis), wide(dy)
@@ -69,7 +71,7 @@ def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
 
 
 class Outcome(NamedTuple):
-    """What a training step computes, at γ = 1 and β = 0; the variance is biased."""
+    """The results of a training step at γ = 1 and β = 0; the variance is biased."""
 
     y: np.ndarray
     dx: np.ndarray
@@ -80,20 +82,20 @@ class Outcome(NamedTuple):
 
 
 def step(x, dy, *, epsilon=1e-5, weights=None):
-    """A training step, and what its forward pass knew."""
+    """A training step: its `Outcome`, and the `Forward` pass in it."""
     f = forward(x, epsilon=epsilon, weights=weights)
     gradients = backward(x, dy, epsilon=epsilon, weights=weights)
     return Outcome(f.y, *gradients, f.mean, f.var), f
 
 
 def wide(x):
-    """In double precision."""
+    """Convert to double precision."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
 def filled(x, weights, axis):
-    """Weights for each value of x."""
+    """Weights broadcast to x's shape."""
     x = np.asarray(x)
     weights = np.ones(x.shape) if weights is None else np.asarray(weights).astype(np.float64)
     if weights.ndim < x.ndim:
@@ -102,17 +104,17 @@ def filled(x, weights, axis):
 
 
 def features(axis):
-    """Feature axes as a tuple."""
+    """The feature axes as a tuple."""
     return (axis,) if isinstance(axis, int) else tuple(axis)
 
 
 def batch_axes(x, axis):
-    """All but the feature axes."""
+    """All axes except the feature axes."""
     kept = {a % x.ndim for a in features(axis)}
     return tuple(a for a in range(x.ndim) if a not in kept)
 
 
 def along(value, x, axis):
-    """A value per feature, in line with x's axes."""
+    """A value per feature, with axes of length 1 added so that it broadcasts against x."""
     value = np.asarray(value)
     return value if value.ndim == 0 else np.expand_dims(value, batch_axes(x, axis))

@@ -1,10 +1,10 @@
-"""The batch norm layers of all libraries that are installed, behind the interface of `contender`.
+"""The batch norm layers of all installed libraries, behind the interface of `contender`.
 
-All have the defaults of their library, but for the decay of the moving average: 0.99 for all, or 0
-to read a batch's own statistics.
+All have their library's defaults, except for the decay of the moving average: 0.99 for all, or 0 to
+read the statistics of a single batch.
 
-To add a JAX layer, write it as a `Functional` and name it in FUNCTIONAL; any other, as a `Build`
-in PEERS.
+To add a JAX layer, write it as a `Functional` and add it to FUNCTIONAL. To add another, write it as
+a `Build` and add it to PEERS.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def ours(shape: Shape, decay: float, *, axis_name: str | None = None) -> Functio
 def flax(
     shape: Shape, decay: float, *, fast: bool = True, axis_name: str | None = None
 ) -> Functional:
-    """flax.linen.BatchNorm as it comes: the variance is E[x²] - E[x]²."""
+    """flax.linen.BatchNorm with its defaults; the variance is E[x²] - E[x]²."""
     import flax.linen as nn
 
     layer = nn.BatchNorm(momentum=decay, use_fast_variance=fast, axis_name=axis_name)
@@ -58,7 +58,7 @@ def flax_accurate(shape: Shape, decay: float) -> Functional:
 
 
 def nnx(shape: Shape, decay: float) -> Functional:
-    """flax.nnx.BatchNorm as it comes, split into its graph and its values."""
+    """flax.nnx.BatchNorm with its defaults, split into its graph and its values."""
     from flax import nnx
 
     layer = nnx.BatchNorm(shape[-1], momentum=decay, rngs=nnx.Rngs(0))
@@ -73,7 +73,7 @@ def nnx(shape: Shape, decay: float) -> Functional:
 
 
 def haiku(shape: Shape, decay: float) -> Functional:
-    """haiku.BatchNorm as it comes."""
+    """haiku.BatchNorm with its defaults."""
     hk: Any = importlib.import_module("haiku")
 
     def forward(x: Array, train: bool) -> Array:
@@ -92,7 +92,7 @@ def haiku(shape: Shape, decay: float) -> Functional:
 
 
 def equinox(shape: Shape, decay: float) -> Functional:
-    """equinox.nn.BatchNorm, mode="batch", over examples whose channels come first, as it wants."""
+    """equinox.nn.BatchNorm with mode="batch", whose examples must have channels first."""
     eqx: Any = importlib.import_module("equinox")
 
     layer, initial = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
@@ -117,7 +117,7 @@ def equinox(shape: Shape, decay: float) -> Functional:
 
 
 def keras(shape: Shape, decay: float) -> Functional:
-    """keras.layers.BatchNormalization on its JAX backend, with the ε of the others."""
+    """keras.layers.BatchNormalization on the JAX backend, with the same ε as the others."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     layers: Any = importlib.import_module("keras.layers")
     layer = layers.BatchNormalization(momentum=decay, epsilon=1e-5)
@@ -132,7 +132,7 @@ def keras(shape: Shape, decay: float) -> Functional:
 
 
 def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
-    """torch.nn.BatchNorm1d or 2d, channels last in memory, on JAX's kind of device."""
+    """torch.nn.BatchNorm1d or 2d with channels last in memory, on the kind of device JAX uses."""
     torch: Any = importlib.import_module("torch")
     device = torch_device()
     images = x.ndim == 4
@@ -142,7 +142,9 @@ def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Lay
     def prepared(a: np.ndarray) -> Any:
         tensor = torch.from_numpy(np.ascontiguousarray(a, np.float32))
         tensor = tensor.to(device, getattr(torch, dtype))
-        return tensor.permute(0, 3, 1, 2) if images else tensor  # the memory stays as it is
+        return (
+            tensor.permute(0, 3, 1, 2) if images else tensor
+        )  # a view: memory stays channels last
 
     def restored(tensor: Any) -> np.ndarray:
         tensor = tensor.detach().permute(0, 2, 3, 1) if images else tensor.detach()
@@ -175,7 +177,7 @@ def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Lay
 
 
 def torch_device() -> str:
-    """Where torch is to compute: on a GPU if JAX does and torch can."""
+    """The device for torch: a GPU if JAX uses one and torch can."""
     torch: Any = importlib.import_module("torch")
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
@@ -194,7 +196,7 @@ FUNCTIONAL: dict[str, Make] = {
 """JAX layers by name; "flax accurate" is flax with use_fast_variance=False."""
 
 PACKAGES = {OURS: "jax", "flax accurate": "flax", "nnx": "flax"}
-"""The package that a layer needs, where it is not called like the layer."""
+"""The package that a layer needs, if its name differs from the layer's."""
 
 PEERS: dict[str, Build] = {
     **{
@@ -203,9 +205,9 @@ PEERS: dict[str, Build] = {
     },
     "torch": torch,
 }
-"""How to build each layer."""
+"""Build functions by name."""
 
 
 def installed() -> list[str]:
-    """The names of PEERS whose package is here."""
+    """The names of PEERS whose package is installed."""
     return [name for name in PEERS if importlib.util.find_spec(PACKAGES.get(name, name))]

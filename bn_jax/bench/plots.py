@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Plots of benchmark results."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ TITLES = {
 
 
 def save_plots(reports: Sequence[Report], folder: Path) -> list[Path]:
-    """A picture for each suite that has one."""
+    """Save a plot for each suite that has one."""
     draw = {"layer": layer_figure, "accuracy": accuracy_figure}
     paths = []
     for report in reports:
@@ -32,7 +32,7 @@ def save_plots(reports: Sequence[Report], folder: Path) -> list[Path]:
 
 
 def layer_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """How many times as long as ours each peer takes, per shape, a panel per dtype."""
+    """Bars of each peer's time as a multiple of ours, by shape, with a panel per dtype."""
     steps = [r for r in rows if r["what"] == "step" and r["contender"] not in (COPY, OURS)]
     dtypes = list(dict.fromkeys(r["dtype"] for r in steps))
     names = list(dict.fromkeys(r["contender"] for r in steps))
@@ -54,15 +54,15 @@ def layer_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         panel.axhline(1, color="C0", linewidth=2, label=OURS)
         panel.set_xticks(range(len(shapes)), ["×".join(map(str, shape)) for shape in shapes])
         panel.set_ylabel(f"times as long as {OURS}")
-        panel.set_title(f"Forward and backward, {dtype} (bars of quartiles)")
+        panel.set_title(f"Forward and backward, {dtype} (error bars: quartiles)")
     panels[0].legend(ncols=4, fontsize=8)
     return figure
 
 
 def accuracy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Error against mean/std, a panel per quantity, a line per layer; our target dotted.
+    """Error against mean/std: a panel per quantity, a line per layer, and our target dotted.
 
-    Where two lines fall on one another, one is dashed, so that both are seen.
+    flax's lines are dashed, so that the lines they cover can be seen.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, len(TITLES))

@@ -1,4 +1,4 @@
-"""What a suite leaves behind: rows, bars, the machine it ran on; as tables and as bench.json."""
+"""The result of a suite: rows of figures, bars and the environment, as tables and as bench.json."""
 
 import datetime
 import importlib.metadata
@@ -18,13 +18,16 @@ LIBRARIES = ("jax", "flax", "optax", "dm-haiku", "equinox", "keras", "torch")
 
 
 class Bar(NamedTuple):
-    """A figure that is to be reached.
+    """A measured value and the bound that it should keep.
 
     Attributes:
-        what: is measured.
-        value: as measured.
-        bound: that it must keep.
-        at_least: whether the bound is below (else above) what is good.
+        what: the name of the measurement.
+        value: the measured value.
+        bound: the bound.
+        at_least: whether value must be at least bound; otherwise at most.
+
+    >>> Bar("flax / bn_jax", 1.5, 1.2, at_least=True).met
+    True
     """
 
     what: str
@@ -34,7 +37,7 @@ class Bar(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the value keeps its bound; a value that is not a number does not."""
+        """Whether the value keeps its bound; NaN does not."""
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
@@ -42,10 +45,14 @@ class Report(NamedTuple):
     """The result of one suite.
 
     Attributes:
-        suite: its name.
-        rows: of figures, each a dict of the same keys.
-        tables: the rows to be read.
-        bars: what was to be reached.
+        suite: the suite's name.
+        rows: the figures; dicts with the same keys.
+        tables: the rows for reading.
+        bars: values and their bounds.
+
+    >>> rows = [{"contender": "flax", "ratio": 1.5}]
+    >>> Report("layer", rows, tables=[], bars=[]).suite
+    'layer'
     """
 
     suite: str
@@ -55,7 +62,7 @@ class Report(NamedTuple):
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions, which no figure means anything without."""
+    """The machine and the versions of libraries, to be read with every figure."""
     versions = {}
     for library in LIBRARIES:
         try:
@@ -73,7 +80,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells."""
+    """The CPU's name, if the system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
@@ -82,7 +89,7 @@ def processor() -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print tables, then bars."""
+    """Print the tables, then the bars."""
     for table in report.tables:
         console.print(table)
     if report.bars and len(report.bars) > 12 and all(bar.met for bar in report.bars):
@@ -98,7 +105,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def save(reports: Sequence[Report], folder: Path) -> Path:
-    """Write bench.json, whole or not at all; what is not finite, JSON does not know: null."""
+    """Write bench.json atomically; numbers that are not finite become null."""
     content = {
         "environment": environment(),
         "suites": {
@@ -117,7 +124,7 @@ def save(reports: Sequence[Report], folder: Path) -> Path:
 
 
 def finite(value: Any) -> Any:
-    """The same, with None for numbers that are not finite."""
+    """A copy with None in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

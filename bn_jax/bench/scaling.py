@@ -1,18 +1,16 @@
-"""What synchronized batch norm sends in a training step of ResNet-50, on many devices.
+"""The traffic of synchronized batch norm between devices, in a training step of ResNet-50.
 
-Measured: which collectives one layer runs, and how many bytes each device brings to each, read from
-the program that XLA compiles for two CPU devices; the program for more has the same. Those of
-torch, whose layer needs GPUs, are read from its source. On paper: what two textbook algorithms then
-make each device send for the 53 batch norms. The gradients of scale and bias are not counted: any
-data-parallel training sums them, with those of all other parameters.
+Measured: the collectives that one layer runs, and the bytes that each device contributes to each.
+They are read from the program that XLA compiles for two CPU devices; programs for more devices have
+the same collectives. torch's layer needs GPUs, so its collectives are read from its source.
 
-Run it with: bn-jax bench --suite scaling
+Computed: what each device sends for 53 batch norms, with two textbook algorithms. The gradients of
+scale and bias are left out, because any data-parallel training sums them with those of all other
+parameters.
 
-Last result, 2026-11-24, jax 0.10.2 and flax 0.12.8, torch 2.13 read: of C channels, ours sums C and
-2 C floats forward and 2 C backward; flax 2 C and 2 C; with use_fast_variance=False C and C forward,
-C and 2 C backward. By a ring of 4,096 devices, ours sends 1.06 MB a step, flax 0.85, torch 871: it
-gathers what the others sum. The count of a batch without a mask is a constant, whose sum XLA works
-out when it compiles; with jax 0.8.2 it does not, and ours sums 2 C and 3 C forward.
+Run it with: bn-jax bench --suite scaling. Results are in RESULTS.md. The count of a batch without a
+mask is a constant, and XLA computes its sum at compile time; jax 0.8.2 does not, so there our layer
+sums 2C and 3C floats forward.
 """
 
 import math
@@ -40,10 +38,10 @@ AXIS = "devices"
 
 
 def resnet50() -> list[int]:
-    """The channels of its batch norms (He et al. 2015, table 1), in order.
+    """The channels of ResNet-50's batch norms (He et al. 2015, table 1), in order.
 
-    One follows the first convolution. Of 16 bottleneck blocks each has three, the last four times
-    as wide as the others, and the first block of each of the four stages another on its shortcut.
+    One follows the first convolution. Each of the 16 bottleneck blocks has three, the last of them
+    four times as wide. The first block of each of the four stages has another on its shortcut.
     """
     channels = [64]
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -55,11 +53,14 @@ RESNET50 = tuple(resnet50())
 
 
 class Collective(NamedTuple):
-    """One exchange among all devices.
+    """One collective operation among all devices.
 
     Attributes:
         kind: all-reduce or all-gather.
-        size: bytes that each device brings.
+        size: the bytes that each device contributes.
+
+    >>> Collective("all-reduce", 4 * 64)
+    Collective(kind='all-reduce', size=256)
     """
 
     kind: str
@@ -67,14 +68,22 @@ class Collective(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """The collectives of a layer's training step."""
+    """The collectives in a layer's training step.
+
+    >>> Exchange(forward=[Collective("all-reduce", 512)], backward=[]).backward
+    []
+    """
 
     forward: list[Collective]
     backward: list[Collective]
 
 
 class Traffic(NamedTuple):
-    """What one device sends."""
+    """The bytes and messages that one device sends.
+
+    >>> Traffic(size=1400.0, messages=14).messages
+    14
+    """
 
     size: float
     messages: int
@@ -89,12 +98,12 @@ def ours(channels: int) -> Functional:
 
 
 def flax(channels: int) -> Functional:
-    """flax.linen.BatchNorm as it comes, over a named axis."""
+    """flax.linen.BatchNorm with its defaults, over a named axis."""
     return peers.flax((channels,), 0.99, axis_name=AXIS)
 
 
 def flax_accurate(channels: int) -> Functional:
-    """The same with use_fast_variance=False."""
+    """flax.linen.BatchNorm with use_fast_variance=False, over a named axis."""
     return peers.flax((channels,), 0.99, axis_name=AXIS, fast=False)
 
 
@@ -106,10 +115,10 @@ MEASURED: dict[str, Callable[[int], Functional]] = {
 
 
 def torch(channels: int) -> Exchange:
-    """What torch.nn.SyncBatchNorm exchanges, as torch 2.13's torch/nn/modules/_functions.py has it.
+    """The collectives of torch.nn.SyncBatchNorm, from torch/nn/modules/_functions.py of torch 2.13.
 
-    Forward, `combined` of mean, invstd and count, 2C + 1 floats, is gathered from all; backward,
-    `combined` of sum_dy and sum_dy_xmu, 2C floats, is summed.
+    Forward, it gathers mean, invstd and count, 2C + 1 floats, from all devices. Backward, it sums
+    sum_dy and sum_dy_xmu, 2C floats.
     """
     return Exchange(
         [Collective("all-gather", 4 * (2 * channels + 1))], [Collective("all-reduce", 8 * channels)]
@@ -117,20 +126,20 @@ def torch(channels: int) -> Exchange:
 
 
 def measure_apart(channels: Iterable[int]) -> dict[str, dict[int, Exchange]]:
-    """`measure` in a process of its own: of two devices, which this one need not have."""
+    """Run `measure` in another process, which has two devices."""
     spawn = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=start_two_devices) as pool:
         return pool.submit(measure, sorted(set(channels))).result()
 
 
 def start_two_devices() -> None:
-    """Make JAX, before its start, one of two CPU devices."""
+    """Give JAX two CPU devices; to be called before JAX starts."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
 
 
 def measure(channels: Sequence[int]) -> dict[str, dict[int, Exchange]]:
-    """The collectives of each layer of MEASURED, by name and channels; needs two devices."""
+    """The collectives of each layer in MEASURED, by name and channels; needs two devices."""
     return {
         name: {size: exchange_of(make(size), size) for size in channels}
         for name, make in MEASURED.items()
@@ -138,7 +147,7 @@ def measure(channels: Sequence[int]) -> dict[str, dict[int, Exchange]]:
 
 
 def exchange_of(layer: Functional, channels: int) -> Exchange:
-    """The collectives of a layer; what a step has and forward has not is backward's."""
+    """The collectives of a layer; those of a step that forward lacks belong to backward."""
     mesh = jax.make_mesh((2,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     x = jax.ShapeDtypeStruct((4, 4, 4, channels), jnp.float32)
 
@@ -147,19 +156,19 @@ def exchange_of(layer: Functional, channels: int) -> Exchange:
 
     def step(params: Any, state: Any, x: Array) -> tuple[Array, Any]:
         y, pullback, new = jax.vjp(lambda x: forward(params, state, x), x, has_aux=True)
-        # The gradient depends on y, as in a network: else XLA sums for both passes at once.
+        # The gradient depends on y, as in a network. Otherwise XLA would merge both passes' sums.
         return pullback(jnp.sin(y))[0], new
 
     def compiled(function: Callable[..., Any]) -> list[Collective]:
-        spread = jax.shard_map(
+        sharded = jax.shard_map(
             function, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(AXIS), P())
         )
-        program = jax.jit(spread).lower(layer.params, layer.state, x).compile().as_text()
+        program = jax.jit(sharded).lower(layer.params, layer.state, x).compile().as_text()
         return collectives(program or "", mesh.size)
 
     first, both = compiled(forward), Counter(compiled(step))
     if not Counter(first) <= both:
-        raise ValueError(f"a step exchanges {both}, but its forward pass alone {first}")
+        raise ValueError(f"a step has the collectives {both}, but its forward pass has {first}")
     return Exchange(first, sorted((both - Counter(first)).elements()))
 
 
@@ -167,7 +176,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
     """The collectives in the text of a compiled program.
 
     Raises:
-        ValueError: there is one whose traffic `ring` and `doubling` do not know.
+        ValueError: there is a collective that `ring` and `doubling` do not cover.
 
     >>> line = "%s = (f32[64]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), replica_groups={{0,1}}"
     >>> collectives(line, 2)
@@ -186,15 +195,15 @@ def collectives(program: str, devices: int) -> list[Collective]:
     return found
 
 
-# On paper.
+# Computed.
 
 
 def ring(collective: Collective, devices: int) -> Traffic:
-    """Each device sends to the next: the fewest bytes (Patarasuk & Yuan 2009).
+    """The traffic if each device sends to the next: the fewest bytes (Patarasuk & Yuan 2009).
 
-    An all-gather passes on all others' parts, in n - 1 messages. An all-reduce of S bytes passes on
-    S/n bytes of sums, n - 1 times until each device has its part of them, and gathers the parts:
-    2(n-1)/n S bytes in 2(n-1) messages.
+    In an all-gather, each device passes on the parts of all others, in n - 1 messages. In an
+    all-reduce of S bytes, it passes on S/n bytes of sums n - 1 times, until each device has one
+    part of the result; then the parts are gathered. That is 2(n-1)/n S bytes in 2(n-1) messages.
 
     >>> ring(Collective("all-reduce", 800), 8)
     Traffic(size=1400.0, messages=14)
@@ -206,11 +215,11 @@ def ring(collective: Collective, devices: int) -> Traffic:
 
 
 def doubling(collective: Collective, devices: int) -> Traffic:
-    """Pairs exchange what they have, then pairs of pairs: the fewest messages.
+    """The traffic if devices exchange in pairs, then in pairs of pairs: the fewest messages.
 
-    log₂ n of them, each of a whole sum of S bytes or of all that is gathered so far (recursive
-    doubling; Thakur, Rabenseifner & Gropp 2005, who recommend it for small arrays, as a batch
-    norm's are).
+    That takes log₂ n messages. Each holds a whole sum of S bytes, or all that was gathered so far.
+    This is recursive doubling, which Thakur, Rabenseifner & Gropp (2005) recommend for small arrays
+    such as a batch norm's.
 
     Raises:
         ValueError: the number of devices is not a power of 2.
@@ -227,7 +236,7 @@ def doubling(collective: Collective, devices: int) -> Traffic:
 
 
 def run(*, channels: Sequence[int] = RESNET50, devices: Sequence[int] = DEVICES) -> Report:
-    """Measure each layer, and add up over the layers of a network."""
+    """Measure each layer, and add up the traffic of a whole network."""
     layers = measure_apart(channels) | {"torch": {size: torch(size) for size in channels}}
     rows = []
     for name, exchange in layers.items():
@@ -249,13 +258,13 @@ def run(*, channels: Sequence[int] = RESNET50, devices: Sequence[int] = DEVICES)
 
 
 def total(traffic: Iterable[Traffic]) -> Traffic:
-    """All of it."""
+    """The sum."""
     sizes, messages = zip(*traffic, strict=True)
     return Traffic(sum(sizes), sum(messages))
 
 
 def layer_table(layers: dict[str, Exchange], channels: int) -> Table:
-    """What is exchanged, in floats per channel."""
+    """A table of each layer's collectives, in floats per channel."""
     result = Table(
         title=f"Collectives of one layer; in brackets, their floats (C = {channels})",
         title_justify="left",
@@ -272,7 +281,7 @@ def layer_table(layers: dict[str, Exchange], channels: int) -> Table:
 
 
 def network_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What is sent."""
+    """A table of the traffic per device."""
     result = Table(
         title=f"Sent by each device in a training step, {rows[0]['layers']} layers",
         title_justify="left",
@@ -291,7 +300,7 @@ def network_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def bars(layers: dict[str, Exchange]) -> list[Bar]:
-    """Forward one, and one more that buys accuracy where means are large; backward one."""
+    """Bars: two collectives forward, one of them for accuracy at large means; one backward."""
     return [
         Bar(f"collectives of a layer, {what}", len(part), bound, at_least=False)
         for what, part, bound in zip(Exchange._fields, layers[OURS], (2, 1), strict=True)

@@ -1,4 +1,4 @@
-"""A stack of convolution, batch norm and ReLU: what a layer costs among others."""
+"""A stack of convolutions, batch norms and ReLUs, to measure layers inside a network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Loss = Callable[[Any, Any, Array], tuple[Array, Any]]
 
 
 def make_stack(name: str, shape: tuple[int, ...], depth: int) -> tuple[Any, Any, Loss]:
-    """(params, state, loss): loss(params, state, x) -> (number, new state); convolutions 3×3."""
+    """Make (params, state, loss), with loss(params, state, x) -> (number, new state)."""
     channels = shape[-1]
     layers = [FUNCTIONAL[name](shape, 0.99) for _ in range(depth)]
     keys = jax.random.split(jax.random.key(0), depth)

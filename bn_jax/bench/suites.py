@@ -1,4 +1,4 @@
-"""The suites by name, and running them."""
+"""Runs benchmark suites by name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +18,13 @@ SUITES: tuple[Suite, ...] = get_args(Suite)
 def run_suites(
     suites: Sequence[Suite], *, turns: int, data_dir: Path | None, folder: Path, console: Console
 ) -> bool:
-    """Run, show and save; whether ours keeps the bars that no machine can excuse: accuracy's.
+    """Run suites, print and save the results, and return whether our accuracy keeps its bars.
 
-    Every suite's result is saved before the next begins.
+    Only accuracy counts, because the other bars depend on the machine. Each result is saved before
+    the next suite begins.
     """
     if not console.is_terminal:
-        console.width = max(console.width, 110)  # of files and pipes
+        console.width = max(console.width, 110)  # for files and pipes
     peers = installed()
     console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
     reports: list[Report] = []
@@ -39,7 +40,7 @@ def run_suites(
 
 
 def run_suite(suite: Suite, peers: Sequence[str], turns: int, data_dir: Path | None) -> Report:
-    """One suite by its name."""
+    """Run one suite."""
     if suite == "accuracy":
         return accuracy.run(peers)
     if suite == "layer":

@@ -1,25 +1,11 @@
-"""Steps per second of the training loop, against the loop that Flax users write.
+"""The time per training step of our loop, and of loops as users of flax and torch write them.
 
-Run it with: bn-jax bench --suite train-step
+All loops train the same networks (the mlp, cnn and tower of `bn-jax train`, with batch norm) on
+MNIST with SGD and batches of 60. Ours runs chunks of steps under `lax.scan`, with the data on the
+device. flax's loop calls a jitted step from Python for every batch, which numpy picks; the state is
+donated, and the layer is flax.linen.BatchNorm with its defaults. torch's loop is eager.
 
-The loops train the paper's network (3 hidden layers of 100 sigmoids), the cnn and the tower of
-`bn-jax train`, with batch norm, on MNIST by SGD in batches of 60, and compute the same. Ours runs
-chunks of steps under `lax.scan` on data that stays on the device. The other calls a jitted step
-(state donated, flax.linen.BatchNorm as it comes) from Python for every batch, which numpy picks;
-torch's is eager.
-
-Microseconds per step, and how many times as long as ours. 2 cores of an AMD EPYC, jax 0.10.2, flax
-0.12.8, torch 2.13.0; 9 turns. "As users run it": without the settings of the allocator that
-`bn-jax bench` makes for all; the convolutions of flax's loop are then flax's own.
-
-|       | ours   | flax's loop | torch | ours, as users run it | flax's loop, as users run it |
-|-------|--------|-------------|-------|-----------------------|------------------------------|
-| mlp   | 213    | 1.26        | 2.99  | 200                   | 1.29                         |
-| cnn   | 11,274 | 1.06        | 0.75  | 10,130                | 1.95                         |
-| tower | 24,443 | 0.98        | 0.76  | 24,790                | 1.58                         |
-
-On an NVIDIA H100 (jax 0.11.2, flax 0.12.10, torch 2.11.0, 9 turns) the mlp takes 63 µs per step,
-flax's loop 7.5 times as long, torch's 37 times; cnn and tower have not been measured there.
+Run it with: bn-jax bench --suite train-step. Results are in RESULTS.md.
 """
 
 import functools
@@ -52,12 +38,12 @@ OURS, THEIRS, TORCH = "bn_jax, scanned", "flax, step by step", "torch, eager"
 
 
 def configuration(model: Model) -> TrainConfig:
-    """One of the networks, at a rate at which it learns."""
+    """The configuration of a network, with a learning rate at which it learns."""
     return TrainConfig(model=model, learning_rate=0.15 if model == "mlp" else 0.05)
 
 
 def chunk_size(config: TrainConfig) -> int:
-    """How many steps `bn-jax train` takes in one compiled call."""
+    """The number of steps that `bn-jax train` runs in one compiled call."""
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
     images = np.zeros((config.batch_size, 28, 28), np.uint8)
     state = init_state(model, optimizer, images[:1], config.seed)
@@ -65,7 +51,7 @@ def chunk_size(config: TrainConfig) -> int:
 
 
 def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
-    """Our loop: a function that trains for some more steps at each call."""
+    """Our loop: a function that trains for more steps at each call."""
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32)
     state = init_state(model, optimizer, images[:1], config.seed)
@@ -85,7 +71,7 @@ def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], obje
 
 
 def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
-    """The usual loop: one call of a jitted step per batch."""
+    """The usual loop in flax: one call of a jitted step per batch."""
     normalization = functools.partial(nn.BatchNorm, momentum=config.decay)
     model = build_model(config, "batch").clone(normalization=normalization)
     optimizer = optax.sgd(config.learning_rate)
@@ -122,7 +108,7 @@ def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[],
 
 
 def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
-    """The same in torch, as its users write it."""
+    """The usual loop in torch: eager."""
     torch: Any = importlib.import_module("torch")
     device = torch_device()
     model = torch_network(torch, config).to(device)
@@ -145,7 +131,7 @@ def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], 
 
 
 def torch_network(torch: Any, config: TrainConfig) -> Any:
-    """The network of a configuration, of torch's own layers."""
+    """A configuration's network, made of torch's layers."""
     nn, relu = torch.nn, torch.nn.ReLU
 
     def normalized(linear: Any, features: int, activation: Any) -> list[Any]:
@@ -185,7 +171,7 @@ def torch_network(torch: Any, config: TrainConfig) -> Any:
 
 
 def measure(config: TrainConfig, data: Dataset, *, steps: int, turns: int) -> dict[str, Timing]:
-    """Time the loops in turns of some steps, at most an epoch."""
+    """Time the loops in turns; a turn's steps must fit in an epoch."""
     loops = {OURS: scanned, THEIRS: step_by_step}
     if importlib.util.find_spec("torch"):
         loops[TORCH] = torch_eager
@@ -205,7 +191,7 @@ def run(*, turns: int = 15, data_dir: Path | None = None) -> Report:
                 "contender": name,
                 "microseconds": timing.median / steps * 1e6,
                 "ratio": timing.ratio,
-                "quartiles": list(timing.spread),
+                "quartiles": list(timing.quartiles),
             }
             for name, timing in measure(config, data, steps=steps, turns=turns).items()
         ]
@@ -213,7 +199,7 @@ def run(*, turns: int = 15, data_dir: Path | None = None) -> Report:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Networks and loops down."""
+    """A table with a row per network and loop."""
     device = jax.devices()[0].device_kind
     result = Table(title=f"Training on MNIST, batches of 60, on {device}", title_justify="left")
     for heading in ("network", "loop", "µs per step", "steps/s", "times as long", "quartiles"):
@@ -221,13 +207,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for r in rows:
         first, third = r["quartiles"]
         figures = (f"{r['microseconds']:,.0f}", f"{1e6 / r['microseconds']:,.0f}")
-        spread = f"{first:.2f}–{third:.2f}"
-        result.add_row(r["model"], r["contender"], *figures, f"{r['ratio']:.2f}", spread)
+        quartiles = f"{first:.2f}–{third:.2f}"
+        result.add_row(r["model"], r["contender"], *figures, f"{r['ratio']:.2f}", quartiles)
     return result
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
-    """What the loop is to reach: more where a step is short, so that calling it is what counts."""
+    """The bars of our loop: higher for the mlp, whose short steps make calls from Python costly."""
     bounds = {("mlp", THEIRS): 1.3, ("mlp", TORCH): 2.0}
     bounds |= {(model, THEIRS): 1 / 1.2 for model in ("cnn", "tower")}
     return [

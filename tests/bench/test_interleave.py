@@ -51,5 +51,5 @@ def test_a_machine_that_slows_down_leaves_the_ratio(clock):
 
     timings = interleave({"a": contender(1), "b": contender(2)}, reference="a", turns=4)
     assert timings["b"].ratios == [2] * 4
-    assert timings["b"].spread == (2, 2)
+    assert timings["b"].quartiles == (2, 2)
     assert timings["b"].median == statistics.median([2, 18, 2, 10])
