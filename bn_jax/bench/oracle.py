@@ -13,7 +13,11 @@ U = 2.0**-24
 
 
 class Forward(NamedTuple):
-    """The results of Algorithm 1; statistics have the features' shape."""
+    """The results of Algorithm 1; statistics have the features' shape.
+
+    >>> forward(np.array([[0.0], [2.0]]), epsilon=0.0).y.tolist()
+    [[-1.0], [1.0]]
+    """
 
     y: np.ndarray
     mean: np.ndarray
@@ -71,7 +75,12 @@ def backward(x, dy, scale=1.0, *, epsilon=1e-5, axis=-1, weights=None):
 
 
 class Outcome(NamedTuple):
-    """The results of a training step at γ = 1 and β = 0; the variance is biased."""
+    """The results of a training step at γ = 1 and β = 0; the variance is biased.
+
+    >>> outcome, _ = step(np.array([[0.0], [2.0]]), np.ones((2, 1)))
+    >>> outcome.dbias.tolist()
+    [2.0]
+    """
 
     y: np.ndarray
     dx: np.ndarray

@@ -120,6 +120,9 @@ class FoldedChain(NamedTuple):
         values: new parameters of linear layers, by position.
         gone: positions of the batch norms that were folded.
         results: one for every batch norm, in order.
+
+    >>> fold_chain([ChainLayer("norm", nn.BatchNorm(), {})]).results[0].why_not
+    'is the first layer, is the last layer'
     """
 
     values: dict[int, dict[str, Array]]

@@ -35,6 +35,10 @@ class Dataflow(NamedTuple):
         after: layer -> the only layer that uses its result.
         before: layer -> the layer whose result is its input, even if others use that result too.
         uses: how often each layer is called.
+
+    >>> flow = Dataflow({"conv": "norm"}, {"norm": "conv"}, Counter(["conv", "norm"]))
+    >>> flow.after["conv"]
+    'norm'
     """
 
     after: dict[str, str]

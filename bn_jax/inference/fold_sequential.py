@@ -13,7 +13,7 @@ VALUES = ("kernel", "bias", "scale", "mean", "var")
 
 
 def identity(x: Any) -> Any:
-    """X; stands in place of a folded batch norm."""
+    """Return x; stands in place of a folded batch norm."""
     return x
 
 
@@ -123,7 +123,7 @@ def fold_in_place(model: nnx.Sequential, path: Path, uses: Mapping[int, int]) ->
 
 
 def nnx_layer(layer: Any, name: str, uses: Mapping[int, int]) -> ChainLayer:
-    """A layer with its values; its uses are those of its most used parameter, if that is more."""
+    """A layer with its values; a layer is used as often as its most used parameter."""
     held = {name: getattr(layer, name, None) for name in VALUES}
     held = {name: v for name, v in held.items() if isinstance(v, nnx.Variable)}
     values = {name: v[...] for name, v in held.items()}

@@ -121,7 +121,7 @@ class Identity(nnx.Module):
     """Stands in place of a folded nnx batch norm, and returns its input."""
 
     def __call__(self, x: Any, *rest: Any, **options: Any) -> Any:
-        """X."""
+        """Return x."""
         return x
 
 

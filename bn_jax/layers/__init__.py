@@ -1,3 +1,3 @@
-"""Batch norm layers for Flax. All arithmetic is the core's."""
+"""Batch norm layers for Flax and Equinox. All arithmetic is the core's."""
 
 from bn_jax.layers.single_value import SingleValueWarning as SingleValueWarning

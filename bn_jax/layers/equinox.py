@@ -19,39 +19,40 @@ class BatchNorm(StatefulLayer):
     """Batch normalization whose running statistics live in an `equinox.nn.State`.
 
     Training normalizes each feature by the batch, y = γ (x - μ)/√(σ² + ε) + β, and moves the
-    statistics in the state towards μ and σ²; inference normalizes by the state. γ and β are
-    `weight` and `bias`. Make it by `equinox.nn.make_with_state(BatchNorm)(...)`.
+    statistics in the state towards μ and σ². Inference normalizes by the state. γ and β are
+    `weight` and `bias`. Make a layer with `equinox.nn.make_with_state(BatchNorm)(...)`.
 
-    The batch is all that is not a feature axis, and the named axes of vmap, shard_map or pmap, if
-    there are any:
+    The batch consists of all axes of x except the feature axes, and of the named axis of vmap,
+    shard_map or pmap, if there is one:
 
-    - for single examples under vmap, name the axis: BatchNorm(8, "batch"), called by
+    - for single examples under vmap, name the axis: BatchNorm(8, "batch"), called as
       jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None));
-    - for a whole batch, there is nothing to name: BatchNorm(8, axis=1) takes [batch, 8, ...], and
+    - for a whole batch, no name is needed: BatchNorm(8, axis=1) takes [batch, 8, ...], and
       BatchNorm(8, axis=-1) takes [batch, 8].
 
     Differs from equinox.nn.BatchNorm in
 
-    - training, which normalizes by the batch, as its mode="batch";
-    - the running statistics, which are right from the first batch on (`bn_jax.DebiasedEma`), and
-      which a batch that is empty or not finite leaves as they were;
-    - accuracy, in half precision too: the statistics are float32 at least;
-    - axis names, which are optional, and static: trees of layers hold no strings;
-    - masks, weights and ghost batch norm.
+    - training: it normalizes by the batch, like equinox's mode="batch";
+    - the running statistics: they are right from the first batch (`bn_jax.DebiasedEma`), and an
+      empty batch, or one that is not finite, leaves them unchanged;
+    - accuracy, also in half precision: the statistics are at least float32;
+    - axis names: they are optional and static, so trees of layers hold no strings;
+    - masks, weights and ghost batch norm, which equinox lacks.
 
     Args:
-        input_size: how many features, or a shape if axis names several axes.
+        input_size: how many features; a shape if there are several feature axes.
         axis_name: pool the statistics over this named axis, or several.
         eps: ε, added to the variance.
         channelwise_affine: learn γ and β.
         momentum: the weight of the past in the running statistics.
-        inference: normalize by the state; `equinox.nn.inference_mode` and the call's argument go
-            before it.
+        inference: normalize by the state. `equinox.nn.inference_mode` and the call's argument
+            override it.
         dtype: of weight and bias.
-        axis: the feature axis of what the layer is called with, or several.
-        average: another moving average than DebiasedEma(momentum), count -> weight.
-        unbiased: the running variance gets m/(m - 1), as in the paper.
-        group_size: ghost batch norm (`bn_jax.batch_norm`).
+        axis: the feature axis of x, or several.
+        average: another moving average, in place of DebiasedEma(momentum): a function from the
+            number of batches seen to the weight of the past.
+        unbiased: multiply the running variance by m/(m - 1), as in the paper.
+        group_size: ghost batch norm, as in `bn_jax.batch_norm`.
 
     >>> import jax
     >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
@@ -59,7 +60,7 @@ class BatchNorm(StatefulLayer):
     >>> members = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
     >>> y, state = jax.vmap(layer, **members)(x, state)
     >>> evaluated, _ = jax.vmap(eqx.nn.inference_mode(layer), **members)(x, state)
-    >>> bool(jnp.allclose(y, evaluated, atol=0.2))   # after a single batch; σ² is times 8/7
+    >>> bool(jnp.allclose(y, evaluated, atol=0.2))   # the running variance is unbiased: 8/7 σ²
     True
     """
 
@@ -112,21 +113,21 @@ class BatchNorm(StatefulLayer):
         inference: bool | None = None,
         mask: Array | np.ndarray | None = None,
     ) -> tuple[Array, State]:
-        """Normalize x by the batch and remember the batch, or by what was remembered.
+        """Normalize x by its own statistics (training) or by the running ones (inference).
 
         Args:
-            x: the features on `axis`; all else is batch.
-            state: of the model.
-            key: not used; for the sake of `equinox.nn.Sequential`.
-            inference: goes before the layer's own.
-            mask: which values count: a mask, integer copies or float weights, as `where` of
-                `bn_jax.batch_norm`.
+            x: has its features on `axis`; all other axes are batch axes.
+            state: the model's state.
+            key: not used; `equinox.nn.Sequential` passes it.
+            inference: overrides the layer's.
+            mask: which values the batch's statistics are computed over, as `where` in
+                `bn_jax.batch_norm`: a mask, integer counts or float weights.
 
         Returns:
-            (y, state): y of x's shape and dtype.
+            (y, state), where y has x's shape and dtype.
 
         Raises:
-            NameError: axis_name is not bound here.
+            NameError: axis_name is not bound.
             ValueError: training with one value per feature.
         """
         train = not (self.inference if inference is None else inference)

@@ -22,7 +22,7 @@ from bn_jax.core.normalize import BatchNormParams
 
 
 def promote(x: Array, params: BatchNormParams, dtype: DTypeLike | None) -> tuple[Array, jnp.dtype]:
-    """X, converted if the result is wider, and the dtype of the result by flax's rule.
+    """Convert x if the result is wider, and return it with the result's dtype by flax's rule.
 
     The result has `dtype`, or if that is None the common dtype of x, scale and bias: a bfloat16 x
     and float32 parameters give float32. Integers become float32, as in flax. The common dtype
