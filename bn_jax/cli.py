@@ -119,7 +119,7 @@ def evaluate(
     with stdout.status("loading JAX") as status:
         from rich.table import Table
 
-        from bn_jax.train.display import TITLES
+        from bn_jax.train.display import TITLES, cell
         from bn_jax.train.experiment import evaluate_run
         from bn_jax.train.run_folder import RunFolder
 
@@ -127,7 +127,8 @@ def evaluate(
         results = evaluate_run(RunFolder(run), data_dir)
     table = Table("", "step", "test accuracy", title=str(run), title_justify="left")
     for arm, row in results.items():
-        table.add_row(TITLES[arm], f"{row['step']:,}", f"{row['test_accuracy']:.4f}")
+        score = cell(row["test_accuracy"], row.get("plus_or_minus"), ".4f").replace("\n", " ")
+        table.add_row(TITLES[arm], f"{row['step']:,}", score)
     stdout.print(table)
 
 

@@ -29,6 +29,7 @@ OTHER_NAMES = {
     "--schedule": "scheduler lr-schedule lr-scheduler learning-rate-schedule lr-decay",
     "--weight-decay": "wd l2",
     "--max-bad-steps": "max-consecutive-errors skip-nonfinite",
+    "--seeds": "num-seeds n-seeds repeats",
     "--seed": "random-seed random-state rng key",
     "--dataset": "data",
     "--data-dir": "data-path data-folder data-root root",

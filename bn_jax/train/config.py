@@ -55,6 +55,7 @@ class TrainConfig(
             "batch_size",
             "micro_batches",
             "max_bad_steps",
+            "seeds",
             "evaluate_every",
             "checkpoint_every",
         ):
@@ -64,6 +65,8 @@ class TrainConfig(
         # JAX keeps 32 bits of a seed: above, two seeds would be one.
         fits = is_count(self.seed, 0) and self.seed < 2**32
         self.demand("seed", fits, "an integer from 0 to 4294967295")
+        most = 2**32 - self.seed
+        self.demand("seeds", self.seeds <= most, f"at most {most} for --seed {self.seed}")
         widths = isinstance(self.hidden, tuple) and all(is_count(size, 1) for size in self.hidden)
         self.demand("hidden", widths, "positive integers, e.g. 100 100 100")
         for name in ("learning_rate", "epsilon", "weight_decay"):
@@ -117,6 +120,19 @@ class TrainConfig(
     def arms(self) -> tuple[Arm, ...]:
         """The normalizations to train with, in order."""
         return ("batch", "none") if self.norm == "both" else (self.norm,)
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds to train with, all at once."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether this is the experiment of section 4.1, as far as the paper describes it."""
+        stated = ("dataset", "model", "hidden", "activation", "placement", "batch_size")
+        stated += ("optimizer", "schedule", "weight_decay", "micro_batches", "group_size")
+        same = all(getattr(self, name) == getattr(TrainConfig, name) for name in stated)
+        return same and self.binarization != "none"
 
     @property
     def unused(self) -> dict[str, str]:

@@ -1,11 +1,15 @@
 """What a person sees of a run: progress while it lasts, a table and a plot at its end."""
 
 import io
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
@@ -22,7 +26,7 @@ from rich.text import Text
 
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.loop import Evaluation
-from bn_jax.train.summary import LEVELS
+from bn_jax.train.summary import LEVELS, estimate
 
 TITLES: dict[Arm, str] = {"batch": "with batch norm", "none": "without"}
 COLORS: dict[Arm, str] = {"batch": "tab:blue", "none": "tab:orange"}
@@ -58,6 +62,8 @@ class StatusColumn(ProgressColumn):
 def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
     """The arms side by side."""
     what = f"{config.dataset}, {config.model}: {config.steps:,} steps of {config.batch_size}"
+    if config.seeds > 1:
+        what += f", {config.seeds} seeds: mean ± 95% interval"
     table = Table(title=f"Test accuracy on {what}", title_justify="left")
     table.add_column("", no_wrap=True)
     any_bad = any(row["bad_steps"] for row in summary["arms"].values())
@@ -66,10 +72,16 @@ def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", min_width=8)
     for arm, row in summary["arms"].items():
-        steps = [f"{n:,}" if n else "–" for n in row["steps_to"].values()]
+        half = row.get("plus_or_minus", {"final_test_accuracy": None, "steps_to": {}})
+        steps = [cell(n, half["steps_to"].get(level)) for level, n in row["steps_to"].items()]
         rate = row["examples_per_second"]
         speed = f"{rate / config.batch_size:,.0f}" if rate else "–"
-        accuracy = "diverged" if row["diverged"] else f"{row['final_test_accuracy']:.4f}"
+        accuracy = cell(row["final_test_accuracy"], half["final_test_accuracy"], ".4f")
+        lost = sum(seed["diverged"] for seed in row.get("seeds", {}).values())
+        if row["diverged"]:
+            accuracy = "diverged"
+        elif lost:
+            accuracy += f"\n{lost} of {config.seeds} diverged"
         bad = [f"{row['bad_steps']:,}"] if any_bad else []
         table.add_row(TITLES[arm], accuracy, *bad, *steps, speed)
     ratios = summary.get("steps_without_over_with")
@@ -79,15 +91,42 @@ def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
     return table
 
 
+def cell(mean: float | None, half: float | None, form: str = ",.0f") -> str:
+    """A number of the table, with half of its interval where there is one."""
+    if mean is None:
+        return "–"
+    return f"{mean:{form}}" + (f"\n± {half:{form}}" if half is not None else "")
+
+
+def draw(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
+    """A line through the means of the points of each step, in the band of their intervals."""
+    values: dict[int, list[float]] = {}
+    for step, value in points:
+        values.setdefault(step, []).append(value)
+    steps, estimates = list(values), [estimate(some) for some in values.values()]
+    means = np.array([mean for mean, _ in estimates], float)
+    halves = np.array([half or 0 for _, half in estimates])
+    axes.plot(steps, means, color=color, label=label)
+    if halves.any():
+        low, high = means - halves, means + halves
+        axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
+
+
 def plot_curves(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> bytes:
     """Test accuracy and training loss over steps, as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for arm, evaluations in arms.items():
         style = {"label": TITLES[arm], "color": COLORS[arm]}
-        steps = [e.step for e in evaluations]
-        accuracy.plot(steps, [e.test_accuracy for e in evaluations], **style)
-        loss.plot(steps[1:], [e.train_loss for e in evaluations[1:]], **style)
+        draw(accuracy, [(e.step, e.test_accuracy) for e in evaluations if not e.diverged], **style)
+        losses = [(e.step, e.train_loss) for e in evaluations if e.step and not e.diverged]
+        draw(loss, losses, **style)
+    if config.is_papers:
+        text = resources.files("bn_jax.train").joinpath("figure_1a.json").read_text()
+        for arm in arms:
+            points = [point for point in json.loads(text)[arm] if point[0] <= config.steps]
+            style = {"label": f"{TITLES[arm]}, in the paper", "color": COLORS[arm]}
+            accuracy.plot(*zip(*points, strict=True), linestyle=":", zorder=1, **style)
     finals = [e[-1].test_accuracy for e in arms.values()]
     # As in the paper's Figure 1(a): the interesting part is near the top.
     accuracy.set(xlabel="step", ylabel="test accuracy", ylim=(0.7 if max(finals) > 0.9 else 0, 1))
@@ -98,6 +137,7 @@ def plot_curves(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -
     figure.suptitle(
         f"{config.dataset}, {config.model}, {config.optimizer} at {config.learning_rate:g}, "
         f"batches of {config.batch_size}"
+        + (f"; mean of {config.seeds} seeds, 95% interval" if config.seeds > 1 else "")
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 import shlex
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -21,14 +22,14 @@ from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
-from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
+from bn_jax.train.loop import Activity, Evaluation, Watch, begin_run, check_batch_size, train
 from bn_jax.train.placement import make_placement
 from bn_jax.train.processes import check_same, is_first
-from bn_jax.train.progress import Progress, begin
-from bn_jax.train.run_folder import RunFolder, finite, metrics_line
-from bn_jax.train.step import accuracy, init_state
+from bn_jax.train.progress import Progress
+from bn_jax.train.run_folder import RunFolder, metrics_line
+from bn_jax.train.step import TrainState, accuracy
 from bn_jax.train.stopping import asked_to_stop
-from bn_jax.train.summary import summarize
+from bn_jax.train.summary import estimate, summarize
 from bn_jax.train.witness import remains
 
 NO_LOSS = "  –   "  # as wide as one
@@ -87,8 +88,13 @@ def run_experiment(
             arms = run_and_write(config, data, folder, console)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {remains(folder.path)}") from None
-    ends = {TITLES[arm]: evaluations[-1] for arm, evaluations in arms.items()}
-    if diverged := [f"{arm} at step {end.step:,}" for arm, end in ends.items() if end.diverged]:
+    diverged = [
+        f"{TITLES[arm]}{f', seed {e.seed},' if config.seeds > 1 else ''} at step {e.step:,}"
+        for arm, evaluations in arms.items()
+        for e in evaluations
+        if e.diverged
+    ]
+    if diverged:
         raise Diverged(
             f"diverged: {' and '.join(diverged)}, after {config.max_bad_steps} steps in a row "
             "whose loss or gradients were not finite; the parameters from before these are kept. "
@@ -128,29 +134,32 @@ def run_arms(
             bars.start_task(tasks[arm])
             resumed = load_progress(config, arm, data, folder)
             # What came after the checkpoint comes again, to the bit.
-            last = resumed.step if resumed else -1
-            arms[arm] = [e for e in before.get(arm, []) if e.step <= last]
-            if resumed and not arms[arm]:
-                raise ValueError(f"{folder.path}: metrics.jsonl lacks what led to step {last}")
+            until = (
+                dict(zip(config.all_seeds, resumed.reported_until, strict=True)) if resumed else {}
+            )
+            arms[arm] = [e for e in before.get(arm, []) if e.step <= until.get(e.seed, -1)]
+            if until != {e.seed: e.step for e in arms[arm]}:
+                raise ValueError(f"{folder.path}: metrics.jsonl lacks what its checkpoints follow")
             if before:
                 folder.write_metrics(before | arms)
 
             def watch(activity: Activity, step: int, task: Any = tasks[arm]) -> None:
                 bars.update(task, completed=step, activity=(activity, time.monotonic()))
 
-            def show(evaluation: Evaluation, task: Any = tasks[arm]) -> None:
-                bars.update(
-                    task,
-                    # Before the first step there is no loss.
-                    loss=f"{evaluation.train_loss:.4f}" if evaluation.step else NO_LOSS,
-                    accuracy=f"{evaluation.test_accuracy:.4f}",
+            def show(evaluations: list[Evaluation], task: Any = tasks[arm]) -> None:
+                loss, accuracy = (
+                    statistics.fmean(getattr(e, name) for e in evaluations)
+                    for name in ("train_loss", "test_accuracy")
                 )
+                # Before the first step there is no loss.
+                loss = f"{loss:.4f}" if evaluations[0].step else NO_LOSS
+                bars.update(task, loss=loss, accuracy=f"{accuracy:.4f}")
 
-            for evaluation in arms[arm][-1:]:
-                show(evaluation)
-            for evaluation in run_arm(config, arm, data, folder, watch, resumed, status):
-                arms[arm].append(evaluation)
-                show(evaluation)
+            if arms[arm]:
+                show(arms[arm][-config.seeds :])
+            for evaluations in run_arm(config, arm, data, folder, watch, resumed, status):
+                arms[arm] += evaluations
+                show(evaluations)
             bars.update(tasks[arm], completed=arms[arm][-1].step, activity=None)
     return arms
 
@@ -163,22 +172,20 @@ def run_arm(
     watch: Watch,
     resumed: Progress | None,
     status: Callable[[], int],
-) -> Iterator[Evaluation]:
-    """Train one arm, writing a line of metrics per evaluation and checkpoints as they fall due."""
+) -> Iterator[list[Evaluation]]:
+    """Train one arm, writing metrics, a line per seed, and checkpoints as they fall due."""
     model, optimizer = build_model(config, arm), build_optimizer(config)
     saved = resumed.step if resumed else -1
     with Checkpoints(folder.checkpoints(arm), arm_settings(config, arm), saved) as checkpoints:
-        for progress, evaluation in train(config, model, optimizer, data, watch, resumed):
-            if evaluation:
-                folder.append("metrics.jsonl", metrics_line(arm, evaluation))
-                yield evaluation
+        for progress, evaluations in train(config, model, optimizer, data, watch, resumed):
+            if evaluations:
+                folder.append("metrics.jsonl", "".join(metrics_line(arm, e) for e in evaluations))
+                yield evaluations
             stop = status()
-            over = progress.step == config.steps or progress.diverged(config.max_bad_steps)
-            if (
-                over
-                or stop
-                or (evaluation and progress.step >= max(saved, 0) + config.checkpoint_every)
-            ):
+            diverged = progress.diverged(config.max_bad_steps).all()
+            over = diverged or progress.step == config.steps
+            due = evaluations and progress.step >= max(saved, 0) + config.checkpoint_every
+            if due or over or stop:
                 checkpoints.save(progress)
                 saved = progress.step
             if stop:
@@ -187,12 +194,19 @@ def run_arm(
                 raise Interrupted(f"stopped {where}; to go on: {again}", stop)
 
 
+def members(state: TrainState, seeds: int) -> list[TrainState]:
+    """The states of the seeds that were trained at once, one by one."""
+    if seeds == 1:
+        return [state]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(seeds)]
+
+
 def load_progress(
     config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder
 ) -> Progress | None:
     """How far an arm has come, by its newest sound checkpoint; None without one."""
     model, optimizer = build_model(config, arm), build_optimizer(config)
-    like = jax.eval_shape(lambda: begin(init_state(model, optimizer, data.test_images[:2], 0)))
+    like = jax.eval_shape(lambda: begin_run(config, model, optimizer, data.test_images[:2]))
     return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm))
 
 
@@ -222,9 +236,15 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
     results: dict[Arm, dict[str, Any]] = {}
     for arm in config.arms:
         if progress := load_progress(config, arm, data, folder):
-            model, state = build_model(config, arm), progress.state
-            score = accuracy(model, config.binarization, state, data.test_images, data.test_labels)
-            results[arm] = finite({"step": progress.step, "test_accuracy": score})
+            model, test = build_model(config, arm), (data.test_images, data.test_labels)
+            scores = [
+                accuracy(model, config.binarization, state, *test)
+                for state in members(progress.state, config.seeds)
+            ]
+            mean, half = estimate(scores)
+            results[arm] = {"step": progress.step, "test_accuracy": mean}
+            if config.seeds > 1:
+                results[arm] |= {"plus_or_minus": half, "seeds": scores}
     if not results:
         raise nothing
     return results

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
@@ -44,7 +45,8 @@ class Evaluation(NamedTuple):
         step: steps taken so far.
         train_loss: mean over the batches since the last evaluation; NaN at step 0.
         test_accuracy: of all test images.
-        examples_per_second: of the training since then, without compilation and evaluation.
+        examples_per_second: of the training since then, without compilation and evaluation; each
+            of several seeds at once goes through as many.
         bad_steps: steps since then that were undone, as they were not finite.
         diverged: whether too many of them came in a row, so that training has ended.
         seed: of the run.
@@ -78,7 +80,7 @@ def run_chunk(
 
     Args:
         train_step: takes one.
-        progress: to start from.
+        progress: to start from; of several seeds, each takes its own steps.
         images: of all training examples, perhaps with a few more at the end that fill up the mesh.
         labels: theirs.
         steps: how many.
@@ -93,11 +95,25 @@ def run_chunk(
         batch = placement.replicate((images[rows], labels[rows]))
         return placement.replicate(take(train_step, progress, *placement.spread(batch))), None
 
-    state = progress.state
-    rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
-    # Two steps per iteration: what the loop carries is then copied half as often.
-    progress, _ = lax.scan(body, progress, placement.replicate(rows), unroll=2)
-    return progress, is_finite(progress)
+    def chunk(progress: Progress) -> tuple[Progress, Bool[Array, ""]]:
+        state = progress.state
+        rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
+        # Two steps per iteration: what the loop carries is then copied half as often.
+        progress, _ = lax.scan(body, progress, placement.replicate(rows), unroll=2)
+        return progress, is_finite(progress)
+
+    if not progress.state.step.ndim:
+        return chunk(progress)
+    progress, finite = jax.vmap(chunk)(progress)
+    return progress, finite.all()
+
+
+def begin_run(
+    config: TrainConfig, model: nn.Module, optimizer: optax.GradientTransformation, images: Images
+) -> Progress:
+    """The progress of all seeds before the first step; images give the shape only."""
+    seeds = [begin(init_state(model, optimizer, images, seed)) for seed in config.all_seeds]
+    return seeds[0] if len(seeds) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
 
 
 def train(
@@ -107,10 +123,11 @@ def train(
     data: Dataset,
     watch: Watch = lambda *_: None,
     resumed: Progress | None = None,
-) -> Iterator[tuple[Progress, Evaluation | None]]:
-    """Train, and yield after each compiled call, from time to time with an evaluation.
+) -> Iterator[tuple[Progress, list[Evaluation]]]:
+    """Train, and yield after each compiled call, from time to time with an evaluation per seed.
 
-    The first is at step 0, the last at the end: after the last step, or where it has diverged.
+    The first is at step 0, the last at the end: after the last step, or where all have diverged.
+    A seed that has diverged is evaluated once more, and then left out.
 
     Args:
         config: of the run.
@@ -138,19 +155,23 @@ def train(
     gradients = build_gradients(config, placement)
     train_step = make_train_step(model, optimizer, config.binarization, gradients)
     takes = {False: trusting, True: careful(config.max_bad_steps)}
-    right = jax.jit(functools.partial(count_right, model, config.binarization))
+    right = functools.partial(count_right, model, config.binarization)
+    right = jax.jit(right if config.seeds == 1 else jax.vmap(right, in_axes=(0, None, None)))
 
-    def evaluate(progress: Progress, rate: float) -> Evaluation:
-        score = sum(int(right(progress.state, *chunk)) for chunk in test) / len(data.test_images)
-        return Evaluation(
-            progress.step,
-            float(progress.loss) / (int(progress.good) or float("nan")),
-            score,
-            rate,
-            int(progress.bad),
-            bool(progress.diverged(config.max_bad_steps)),
-            config.seed,
+    def evaluate(progress: Progress, rate: float) -> list[Evaluation]:
+        counts = sum(np.asarray(right(progress.state, *chunk)) for chunk in test)
+        columns = (
+            *(progress.state.step, progress.loss, progress.good, progress.bad),
+            *(progress.diverged(config.max_bad_steps), counts / len(data.test_images)),
         )
+        rows = zip(
+            config.all_seeds, *(np.ravel(column).tolist() for column in columns), strict=True
+        )
+        return [
+            Evaluation(step, loss / (good or float("nan")), score, rate, bad, diverged, seed)
+            for seed, step, loss, good, bad, diverged, score in rows
+            if good or bad or not step
+        ]
 
     @functools.cache
     def compiled(steps: int, with_care: bool) -> jax.stages.Compiled:
@@ -168,28 +189,31 @@ def train(
         after, finite = jax.block_until_ready(chunk(progress, images, labels))
         return after, bool(finite), time.perf_counter() - begun
 
-    new = begin(init_state(model, optimizer, first, config.seed)) if resumed is None else resumed
+    new = begin_run(config, model, optimizer, first) if resumed is None else resumed
     progress: Progress = placement.everywhere(new)
     if resumed is None:
         yield progress, evaluate(progress, 0.0)
     plain = make_train_step(model, optimizer, config.binarization)
-    most = steps_per_call(plain, progress.state, first)
+    one = progress.state
+    if config.seeds > 1:
+        one = jax.tree.map(lambda leaf: leaf[0], one)
+    most = max(steps_per_call(plain, one, first) // config.seeds, 1)
     taken, seconds = 0, 0.0
-    while step < config.steps and not progress.diverged(config.max_bad_steps):
+    while step < config.steps and not progress.diverged(config.max_bad_steps).all():
         size = next_call(step, config.steps, config.evaluate_every, most)
         after, finite, time_taken = call(size, progress.was_bad)
         if not finite:
             after, _, time_taken = call(size, True)
         progress, step = after, step + size
         taken, seconds = taken + size, seconds + time_taken
-        over = step == config.steps or progress.diverged(config.max_bad_steps)
+        over = step == config.steps or progress.diverged(config.max_bad_steps).all()
         if step % config.evaluate_every and not over:
-            yield progress, None
+            yield progress, []
             continue
         watch("evaluating", step)
-        evaluation = evaluate(progress, taken * config.batch_size / seconds)
+        evaluations = evaluate(progress, taken * config.batch_size / seconds)
         progress, taken, seconds = progress.reported(), 0, 0.0
-        yield progress, evaluation
+        yield progress, evaluations
 
 
 def build_gradients(config: TrainConfig, placement: Placement) -> Gradients:

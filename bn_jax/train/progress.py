@@ -52,6 +52,11 @@ class Progress(NamedTuple):
         """Which seeds have taken so many bad steps in a row, and take no more."""
         return np.asarray(self.in_a_row) >= limit
 
+    @property
+    def reported_until(self) -> list[int]:
+        """The step of each seed's last evaluation."""
+        return np.ravel(self.state.step - self.good - self.bad).tolist()
+
     def reported(self) -> "Progress":
         """The same after an evaluation."""
         return self._replace(**{n: 0 * getattr(self, n) for n in ("loss", "good", "bad")})

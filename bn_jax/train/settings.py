@@ -98,6 +98,8 @@ class OptimizerSettings:
         max_bad_steps: A step whose loss or gradients are not finite is undone. After this many in
             a row, the arm has diverged and ends.
         seed: Seed of the initial weights, the order of examples and the stochastic input.
+        seeds: Train with this many seeds at once: --seed and those that follow it. Results are
+            then means with 95% intervals.
     """
 
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
@@ -109,6 +111,7 @@ class OptimizerSettings:
     steps: int = 50_000
     max_bad_steps: int = 100
     seed: int = 0
+    seeds: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

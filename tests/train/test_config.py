@@ -29,7 +29,8 @@ ranges = {
     "group_size": st.none() | st.integers(2, 64),
     "steps": st.integers(0, 10**9),
     "max_bad_steps": positive,
-    "seed": st.integers(0, 2**32 - 1),
+    "seed": st.integers(0, 2**32 - 1001),
+    "seeds": st.integers(1, 1000),
     "evaluate_every": positive,
     "checkpoint_every": positive,
     "run_dir": st.none() | st.text(min_size=1).map(Path),
@@ -104,6 +105,8 @@ OUT_OF_RANGE = [
     ("steps", 0.5, "an integer"),
     ("seed", -1, "from 0 to 4294967295"),
     ("seed", 2**32, "from 0 to 4294967295"),
+    ("seeds", 0, "a positive integer"),
+    ("seeds", 2**32 + 1, "at most 4294967296 for --seed 0"),
     ("hidden", (100, 0), "positive integers"),
     ("hidden", (100, 1.5), "positive integers"),
     ("hidden", 100, "positive integers"),
@@ -224,3 +227,18 @@ def test_what_is_not_json(text):
 def test_json_that_is_no_object(text):
     with pytest.raises(ValueError, match=r"not a JSON object"):
         TrainConfig.from_json(text)
+
+
+def test_seeds_are_consecutive():
+    assert list(TrainConfig(seed=3, seeds=2).all_seeds) == [3, 4]
+    assert list(TrainConfig().all_seeds) == [0]
+    message = "--seeds 2: must be at most 1 for --seed 4294967295"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TrainConfig(seed=2**32 - 1, seeds=2)
+
+
+def test_what_the_paper_describes_and_what_it_leaves_open():
+    for options in ({}, {"learning_rate": 1.0, "seeds": 5, "steps": 9, "init_std": 0.1}):
+        assert TrainConfig(**options).is_papers
+    for options in ({"hidden": (100,)}, {"optimizer": "adam"}, {"binarization": "none"}):
+        assert not TrainConfig(**options).is_papers

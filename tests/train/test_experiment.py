@@ -74,6 +74,7 @@ ALL_FLAGS = [
         "epsilon": 0.001,
         "seed": 3,
         "max_bad_steps": 7,
+        "seeds": 2,
     },
     {"model": "mlp", "norm": "none", "hidden": (8,), "activation": "relu"},
 ]
@@ -150,7 +151,7 @@ def instant(monkeypatch):
         best = 0.9 if model.normalization else 0.5
         for step in (*range(0, config.steps, config.evaluate_every), config.steps):
             state = start._replace(step=jnp.asarray(step, jnp.int32))
-            yield begin(state), Evaluation(step, 1 / best, best * step / config.steps, 60.0)
+            yield begin(state), [Evaluation(step, 1 / best, best * step / config.steps, 60.0)]
 
     monkeypatch.setattr(experiment, "train", train)
 

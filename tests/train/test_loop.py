@@ -26,7 +26,7 @@ def run(data, arm="batch", **options):
     """All (state, evaluation) of a run."""
     config = TrainConfig(**SMALL | {"evaluate_every": 10} | options)
     calls = train(config, build_model(config, arm), build_optimizer(config), data)
-    return [(progress.state, evaluation) for progress, evaluation in calls if evaluation]
+    return [(progress.state, *evaluations) for progress, evaluations in calls if evaluations]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_long_run_is_many_short_calls(digits, monkeypatch):
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
     calls = list(train(config, model, optimizer, digits, lambda *what: told.append(what)))
     assert [progress.step for progress, _ in calls] == [0, 2, 4, 6, 8, 10, 12, 14]
-    got = [(progress.state, evaluation) for progress, evaluation in calls if evaluation]
+    got = [(progress.state, *evaluations) for progress, evaluations in calls if evaluations]
     assert told == [
         ("compiling", 0),
         *(("compiling", 0), *(("training", step) for step in range(0, 10, 2)), ("evaluating", 10)),

@@ -84,7 +84,7 @@ def test_the_run_is_that_of_a_single_process(pair):
     fields = {"norm": "batch", "hidden": (16,), "batch_size": 64, "evaluate_every": 100}
     config = TrainConfig(steps=200, **fields)
     model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    *_, ((state, *_), evaluation) = train(config, model, optimizer, data)
+    *_, ((state, *_), (evaluation,)) = train(config, model, optimizer, data)
     progress = load_progress(RunFolder(folder).read_config(), "batch", data, RunFolder(folder))
     other = progress.state
     assert (int(other.step), other.key) == (200, state.key)

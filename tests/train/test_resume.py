@@ -141,7 +141,7 @@ def test_without_its_metrics_it_does_not_go_on(tmp_path, on_digits, stop_after):
     with pytest.raises(Interrupted):
         run(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"run: metrics.jsonl lacks what led to step 5"):
+    with pytest.raises(ValueError, match=r"run: metrics.jsonl lacks what its checkpoints follow"):
         run(tmp_path / "run", resume=True)
 
 
