@@ -39,6 +39,7 @@ FORBIDDEN = {
     files_of(bn_jax.interop): HEAVY | PEERS | OURS - {"bn_jax.interop"},
     "bn_jax.layers": HEAVY,
     "bn_jax.explain": HEAVY | OURS - {"bn_jax.explain"},
+    "bn_jax.explain.models": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
     # flax itself loads rich, and its nnx optax
     "bn_jax.layers.linen": HEAVY - {"flax", "rich"} | {"bn_jax.data", "bn_jax.train"},
     "bn_jax.layers.nnx": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},

@@ -54,13 +54,7 @@ def recalibrate_linen(
     ...     return model.apply(variables, x, mutable=["batch_stats"])
     >>> variables = recalibrate_linen(forward, variables, [x[:32], x[32:]])
     """
-    check_estimator(estimator)
-    seen = None
-    for batch in batches:
-        if seen is None:
-            seen = zeros(jax.eval_shape(partial(step, forward, estimator), variables, None, batch))
-        seen = step(forward, estimator, variables, seen, batch)
-    states = conclude(seen, estimator)
+    states = conclude(see_linen(forward, variables, batches, estimator), estimator)
     check_known(states)
     flat: dict[Any, Any] = flatten_dict(variables["batch_stats"])
     for layer, state in states.items():
@@ -68,6 +62,22 @@ def recalibrate_linen(
             if (*layer, name) in flat:
                 flat[*layer, name] = replace(flat[*layer, name], new, state)
     return with_stats(variables, flat)
+
+
+def see_linen(
+    forward: Callable[[Any, Any], tuple[Any, Any]],
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    estimator: str,
+) -> Any:
+    """What the batch norms have seen after all batches, by their paths in batch_stats."""
+    check_estimator(estimator)
+    seen = None
+    for batch in batches:
+        if seen is None:
+            seen = zeros(jax.eval_shape(partial(step, forward, estimator), variables, None, batch))
+        seen = step(forward, estimator, variables, seen, batch)
+    return seen
 
 
 @partial(jax.jit, static_argnums=(0, 1))

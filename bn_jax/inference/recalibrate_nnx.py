@@ -54,16 +54,7 @@ def recalibrate_nnx(
     >>> recalibrate_nnx(lambda model, x: model(x), model, [x[:32], x[32:]])
     ['layers.1']
     """
-    check_estimator(estimator)
-    with graph_mode():
-        graph, random, rest = nnx.split(model, nnx.RngState, ...)
-    seen = None
-    for batch in batches:
-        if seen is None:
-            first = functools.partial(step, forward, estimator, graph)
-            seen = zeros(jax.eval_shape(first, random, rest, None, batch)[0])
-        seen, random = step(forward, estimator, graph, random, rest, seen, batch)
-    states = conclude(seen, estimator)
+    states = conclude(see_nnx(forward, model, batches, estimator), estimator)
     check_known(states)
     layers, renewed = batch_norms(model), []
     for path, state in states.items():
@@ -74,6 +65,22 @@ def recalibrate_nnx(
         if np.any(state.count):
             renewed.append(".".join(map(str, path)))
     return renewed
+
+
+def see_nnx(
+    forward: Callable[[Any, Any], Any], model: nnx.Module, batches: Iterable[Any], estimator: str
+) -> Any:
+    """What the batch norms have seen after all batches, by path; the model stays as it is."""
+    check_estimator(estimator)
+    with graph_mode():
+        graph, random, rest = nnx.split(model, nnx.RngState, ...)
+    seen = None
+    for batch in batches:
+        if seen is None:
+            first = functools.partial(step, forward, estimator, graph)
+            seen = zeros(jax.eval_shape(first, random, rest, None, batch)[0])
+        seen, random = step(forward, estimator, graph, random, rest, seen, batch)
+    return seen
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -58,6 +58,7 @@ def check_known(states: dict[Any, BatchNormState]) -> None:
     counts = [state.count for state in states.values()]
     if all(map(is_concrete, counts)) and not any(np.any(count) for count in counts):
         raise ValueError(
-            "no batch norm normalized by the batch, so there are no statistics to take; call the "
-            "model as in training: train=True or use_running_average=False, or model.train() before"
+            "no batch norm normalized by the batch, or nothing was finite, so there are no "
+            "statistics to take; call the model as in training: train=True or "
+            "use_running_average=False, or model.train() before"
         )

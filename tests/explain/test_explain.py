@@ -1,0 +1,212 @@
+"""Each planted fault is the first verdict, and a healthy network has none."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bn_jax as bn
+from bn_jax.explain import explain
+from bn_jax.explain.models import explain_linen, explain_nnx
+from bn_jax.explain.report import CAUSES
+
+BATCHES, SIZE, FEATURES = 60, 32, 8
+
+
+def draw(seed, size=SIZE, spread=2.0, shift=0.0):
+    """Batches for two layers, whose features have means and scales of their own."""
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal((BATCHES, 2, size, FEATURES))
+    means, scales = np.linspace(-3, 5, FEATURES), np.linspace(0.5, spread, FEATURES)
+    return (means + shift + scales * normal).astype(np.float32)
+
+
+def moments(data):
+    """By numpy, which compiles nothing."""
+
+    def of(x):
+        return bn.Moments(x.mean(0), x.var(0), np.full(FEATURES, len(x), np.float32))
+
+    return [{"first": of(a), "second": of(b)} for a, b in data]
+
+
+def running(data, decay=0.99, debiased=True):
+    """The statistics that training leaves."""
+    weights = (1 - decay) * decay ** np.arange(len(data))[::-1]
+    start = 0 if debiased else 1 - weights.sum()
+    weights = weights / weights.sum() if debiased else weights
+
+    def of(layer):
+        mean = weights @ layer.mean(1)
+        var = weights @ layer.var(1, ddof=1) + start  # from 0 and 1
+        count = jnp.full(FEATURES, len(data))
+        return bn.BatchNormState(jnp.float32(mean), jnp.float32(var), count)
+
+    return {"first": of(data[:, 0]), "second": of(data[:, 1])}
+
+
+def replaced(states, **fields):
+    """The second layer's with other values for feature 3."""
+    second = states["second"]
+    new = {k: getattr(second, k).at[3].set(v) for k, v in fields.items()}
+    return states | {"second": second._replace(**new)}
+
+
+def sorted_by_class(data):
+    """Half of the batches are of one class, half of the other."""
+    return data + np.where(np.arange(BATCHES) % 2, 2.0, -2.0)[:, None, None, None].astype(
+        np.float32
+    )
+
+
+HEALTHY = draw(0)
+NEW = {"first": bn.init(FEATURES)[1], "second": bn.init(FEATURES)[1]}
+
+
+def dead():
+    data = HEALTHY.copy()
+    data[:, 1, :, 3] = 7
+    return data
+
+
+def not_finite():
+    data = HEALTHY.copy()
+    data[:, 1, :, 3] = np.nan
+    return data
+
+
+SORTED, FEW = sorted_by_class(HEALTHY), draw(0, 3)
+
+# fault -> (its cause, running statistics, training data, evaluation data, options)
+FAULTS = {
+    "NaN in the state": ("not finite", replaced(running(HEALTHY), var=np.nan), HEALTHY),
+    "negative variance": ("not finite", replaced(running(HEALTHY), var=-1.0), HEALTHY),
+    "NaN in the data": ("data not finite", running(HEALTHY), not_finite()),
+    "never updated": ("never updated", NEW, HEALTHY),
+    "stale": ("other weights", running(draw(1, shift=1.5)), HEALTHY),
+    "another model": ("other weights", running(draw(1, spread=8.0)), HEALTHY),
+    "few steps": ("other weights", running(HEALTHY[:10], debiased=False), HEALTHY),
+    "pure batches": ("pure batches", running(SORTED), SORTED),
+    "momentum of 0.01": ("inverted momentum", running(HEALTHY, 0.01), HEALTHY),
+    "momentum of 0.1": ("inverted momentum", running(HEALTHY, 0.1), HEALTHY),
+    "shift": ("shifted evaluation", running(HEALTHY), HEALTHY, draw(2, shift=2.0)),
+    "large epsilon": ("epsilon", running(HEALTHY), HEALTHY, None, {"epsilon": 100.0}),
+    "small batches": ("small batches", running(FEW), FEW, None, {"batch_size": 3}),
+    "dead feature": ("dead features", running(dead()), dead()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults(fault):
+    cause, states, training, *others = FAULTS[fault]
+    evaluation, options = (*others, *[None, {}][len(others) :])
+    report = explain(
+        states,
+        moments(training),
+        None if evaluation is None else moments(evaluation),
+        **{"batch_size": SIZE} | options,
+    )
+    assert report.findings, report
+    assert report.findings[0].cause.name == cause, str(report)
+    assert cause in str(report)
+    assert report.findings[0].cause.remedy in report.verdict
+
+
+def test_every_cause_has_its_fault():
+    assert {fault[0] for fault in FAULTS.values()} == {cause.name for cause in CAUSES}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_wrong(seed):
+    data = draw(seed)
+    report = explain(running(data), moments(data), moments(draw(seed + 50)), batch_size=SIZE)
+    assert report.findings == (), str(report)
+    assert report.verdict.startswith("Nothing wrong")
+
+
+def test_the_numbers():
+    """Of two states that differ by hand: J, by its definition."""
+    data = moments(HEALTHY)
+    state = bn.population([batch["first"] for batch in data], estimator="pooled")
+    moved = state._replace(mean=state.mean + 0.5 * np.sqrt(state.var), var=2 * state.var)
+    row = explain({"a": moved}, ({"a": b["first"]} for b in data), batch_size=SIZE).rows["a"]
+    # ½(2 + ½ - 2) + ½·¼·(1 + ½)
+    np.testing.assert_allclose(row.distance, 0.25 + 0.1875, rtol=1e-3)
+    # Of normal values: 1/m between means, and ½·2/m between variances.
+    np.testing.assert_allclose(row.noise, 2 / SIZE, rtol=0.2)
+    np.testing.assert_allclose(row.purity, 1, rtol=0.3)
+    assert np.isnan(row.shift)
+    assert row.features == FEATURES
+
+
+class Linen(nn.Module):
+    norm: type
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.norm(use_running_average=False, name="norm")(x)
+        return self.norm(use_running_average=self.frozen, name="second")(jnp.tanh(x))
+
+
+def layers_of(kind):
+    import bn_jax.layers.linen
+    import bn_jax.layers.nnx
+
+    return {
+        "linen": bn_jax.layers.linen.BatchNorm,
+        "flax linen": nn.BatchNorm,
+        "nnx": bn_jax.layers.nnx.BatchNorm,
+        "flax nnx": nnx.BatchNorm,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["linen", "flax linen", "nnx", "flax nnx"])
+def test_models(kind, lenient):
+    """A new model was never updated; after new statistics, nothing is wrong with it."""
+    from bn_jax.inference.recalibrate import recalibrate_linen, recalibrate_nnx
+
+    batches, norm = list(HEALTHY[:, 0]), layers_of(kind)
+    if "linen" in kind:
+        model = Linen(norm)
+        variables = model.init(jax.random.key(0), batches[0])
+
+        def forward(variables, x):
+            return model.apply(variables, x, mutable=["batch_stats"])
+
+        def ask(variables):
+            return explain_linen(forward, variables, iter(batches), batches[:5])
+
+        before, after = ask(variables), ask(recalibrate_linen(forward, variables, batches))
+    else:
+        model = nnx.Sequential(
+            norm(FEATURES, rngs=nnx.Rngs(0)), jnp.tanh, norm(FEATURES, rngs=nnx.Rngs(0))
+        )
+
+        def call(model, x):
+            return model(x)
+
+        before = explain_nnx(call, model, iter(batches), batches[:5])
+        recalibrate_nnx(call, model, batches)
+        after = explain_nnx(call, model, iter(batches), batches[:5])
+    assert before.findings[0].cause.name == "never updated"
+    assert len(before.rows) == 2
+    assert after.findings == (), str(after)
+
+
+def test_frozen_layers_are_left_out(lenient):
+    model = Linen(nn.BatchNorm, frozen=True)
+    variables = model.init(jax.random.key(0), HEALTHY[0, 0])
+    report = explain_linen(
+        lambda variables, x: model.apply(variables, x, mutable=["batch_stats"]),
+        variables,
+        HEALTHY[:, 0],
+    )
+    assert list(report.rows) == ["norm"]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="there are no batches"):
+        explain(NEW, [], batch_size=SIZE)
