@@ -93,6 +93,7 @@ def test_all_tests_of_the_layers_pass_in_tree_mode():
     variables = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
     tests = Path(__file__).parents[1]
     folders = [str(tests / name) for name in ("layers", "inference")]
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *folders]
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]  # else it would run itself
+    command = [sys.executable, "-m", "pytest", *options, *folders]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
