@@ -1,9 +1,15 @@
-"""A file that is there whole or not at all, whatever ends the process that writes it."""
+"""Files that are there whole or not at all, and locks that end with the process that holds them."""
 
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None  # Windows
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -27,3 +33,28 @@ def write_whole(path: Path, data: bytes) -> None:
     finally:  # an interrupt from the keyboard must not leave it either
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, create: bool = False) -> Iterator[None]:
+    """Keep a folder or a file, perhaps a new one, locked: no second process gets past here.
+
+    Where the system or its file system has no such locks, as some over a network, nothing is.
+
+    Raises:
+        BlockingIOError: another process has it locked.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | create * os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bn_jax.data.catalog import DataFile
-from bn_jax.data.errors import DataError
+from bn_jax.data.errors import DataError, expand
 from bn_jax.data.integrity import read_bounded
 from bn_jax.files import write_whole
 
@@ -22,7 +22,7 @@ def default_cache_dir() -> Path:
         ImportError: the variable is not set, and pooch, which knows the place, is not installed.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
+        return expand(chosen, CACHE_VARIABLE)
     try:
         from pooch import os_cache
     except ImportError as error:

@@ -1,5 +1,7 @@
 """What goes wrong with data: it is missing, or it is not what its name promises."""
 
+from pathlib import Path
+
 
 class DataError(ValueError):
     """Data is missing, damaged, or not what its name promises.
@@ -25,3 +27,17 @@ def unexpected(file: str, *, found: str, expected: str, remedy: str) -> DataErro
         'labels: found 3 bytes, expected 8; get another copy'
     """
     return DataError(f"{file}: found {found}, expected {expected}; {remedy}")
+
+
+def expand(folder: str | Path, name: str) -> Path:
+    """A folder, with the user's home in place of ``~``.
+
+    Raises:
+        DataError: it is the home of a user who does not exist.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise unexpected(
+            name, found=str(folder), expected="a folder", remedy="there is no such user: name it"
+        ) from error

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bn_jax.data.cache import Cache, default_cache_dir
 from bn_jax.data.catalog import CATALOG, CatalogEntry
-from bn_jax.data.errors import DataError, unexpected
+from bn_jax.data.errors import DataError, expand, unexpected
 from bn_jax.data.fetch import fetch
 from bn_jax.data.idx import decode_idx
 from bn_jax.data.integrity import verify
@@ -73,8 +73,8 @@ def load(
         )
     entry = CATALOG[name]
     if data_dir is not None:
-        return decode(entry, read_folder(entry, Path(data_dir).expanduser()))
-    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        return decode(entry, read_folder(entry, expand(data_dir, "data_dir")))
+    root = default_cache_dir() if cache_dir is None else expand(cache_dir, "cache_dir")
     contents = fetch(entry, Cache(root / entry.name), remote_sources(entry, progress=progress))
     return decode(entry, contents)
 

@@ -31,7 +31,7 @@ def run_in_company(
     config: TrainConfig, launch: Launch, console: Console, resume: Path | None = None
 ) -> None:
     """`run_experiment` as one of several processes, which meet first; ends this one if it fails."""
-    with in_company() as company:
+    with launch.claimed(), in_company() as company:
         try:
             join(launch)
         except ValueError as error:

@@ -4,6 +4,8 @@ from contextlib import suppress
 
 import jax
 
+MOST = 256
+
 
 def split_cpu(devices: int | None, processes: int = 1) -> None:
     """Make several devices of the CPU; where JAX is in use already, it stays as it is.
@@ -13,8 +15,13 @@ def split_cpu(devices: int | None, processes: int = 1) -> None:
     Args:
         devices: how many over all processes; None leaves one in each.
         processes: of which this is one.
+
+    Raises:
+        ValueError: more than `MOST` in a process, which would take minutes to start, if it could.
     """
     each = (devices or 1) // processes
+    if each > MOST:
+        raise ValueError(f"--devices {devices}: must be at most {MOST} in a process")
     if each > 1:
         with suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", each)

@@ -1,13 +1,19 @@
 """How a process finds the others of its run: by flags, by environment variables, or a scheduler."""
 
+import contextlib
 import dataclasses
+import ipaddress
+import re
 import signal
 import socket
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated
 
 import jax
 
+from bn_jax.files import locked
 from bn_jax.train.settings import unset
 
 HEARTBEAT = 30
@@ -42,7 +48,8 @@ class Launch:
 
     def __post_init__(self) -> None:
         host, _, port = (self.coordinator or "host:1").rpartition(":")
-        if not host or not port.isdigit():
+        # int() takes other scripts' digits, too.
+        if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(
                 f"--coordinator {self.coordinator}: must be HOST:PORT, e.g. 127.0.0.1:7788"
             )
@@ -64,7 +71,7 @@ class Launch:
 
         def number(name: str) -> int | None:
             text = environment.get(name)
-            if text is not None and not text.isdigit():
+            if text is not None and not (text.isascii() and text.isdecimal()):
                 raise ValueError(f"{name}={text}: must be an integer of at least 0")
             return None if text is None else int(text)
 
@@ -80,6 +87,32 @@ class Launch:
     def is_alone(self) -> bool:
         """Whether nothing says that there are other processes."""
         return not self.distributed and self.given == (None, None, None)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep a second process of this machine from taking this one's place in the run.
+
+        JAX's service takes it for this one, come back, and ends the run.
+
+        Raises:
+            ValueError: another process has this id.
+        """
+        if None in self.given:  # which the scheduler gives
+            yield
+            return
+        name = "-".join(re.findall(r"\w+", f"bn_jax {self.coordinator} {self.process_id}"))
+        path = Path(tempfile.gettempdir(), f"{name}.lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(path, create=True))
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"--process-id {self.process_id}: another process here has it in the run at "
+                    f"{self.coordinator}; give each an id of its own"
+                ) from error
+            except OSError:
+                pass  # a folder that cannot be written locks nothing
+            yield
 
     @property
     def given(self) -> tuple[str | None, int | None, int | None]:
@@ -105,13 +138,14 @@ def join(launch: Launch) -> None:
             f"{' and '.join(missing)}: must be given too for a run of several processes; or let "
             "--distributed take it from the scheduler"
         )
-    if launch.process_id == 0 and launch.coordinator:
-        check_port(launch.coordinator)
+    if launch.coordinator:
+        check_address(launch.coordinator, here=launch.process_id == 0)
     # Python would hear a Ctrl-C only when the waiting is over.
     heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             *launch.given,
+            coordinator_bind_address=bind_address(launch.coordinator),
             cluster_detection_method=None if launch.distributed else "deactivate",
             initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=HEARTBEAT,
@@ -131,12 +165,41 @@ def join(launch: Launch) -> None:
         signal.signal(signal.SIGINT, heard)
 
 
-def check_port(address: str) -> None:
-    """Refuse a port of this machine that is taken, on which JAX's service may crash."""
+def check_address(address: str, here: bool) -> None:
+    """Refuse an address that JAX would wait for in vain, or on which its service may crash.
+
+    Args:
+        address: host and port.
+        here: whether the service is to be started by this process.
+
+    Raises:
+        ValueError: the host is not known, or the port of this machine is taken.
+    """
+    host, _, port = address.rpartition(":")
     try:
-        socket.create_server(("", int(address.rpartition(":")[2]))).close()
-    except (OSError, OverflowError) as error:
+        socket.getaddrinfo(host.strip("[]"), port)
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator {address}: the host is not known here ({error}); give a name or an "
+            "address of process 0's machine"
+        ) from error
+    if not here:
+        return
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
         raise ValueError(
             f"--coordinator {address}: process 0 cannot listen there ({error}); choose a port "
             "that is free"
         ) from error
+
+
+def bind_address(address: str | None) -> str | None:
+    """Where process 0 listens: for this machine alone, if the address is; else JAX's choice, all.
+
+    Whoever reaches the port could end the run, or take part in it.
+    """
+    host = (address or "").rpartition(":")[0].strip("[]")
+    with contextlib.suppress(ValueError):
+        return address if ipaddress.ip_address(host).is_loopback else None
+    return address if host == "localhost" else None

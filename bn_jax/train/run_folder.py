@@ -5,22 +5,17 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from bn_jax.files import write_whole
+from bn_jax.files import locked, write_whole
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.loop import Evaluation
 from bn_jax.train.processes import by_first, is_first
-
-try:
-    import fcntl
-except ModuleNotFoundError:
-    fcntl = None
 
 
 class RunFolderError(ValueError):
@@ -89,23 +84,16 @@ class RunFolder:
         Raises:
             RunFolderError: another process does.
         """
-        if not self.writes or fcntl is None:  # Windows has no locks for folders
-            yield
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            # A file system without locks, as some over a network, locks nothing.
-            with suppress(OSError):
+        with ExitStack() as stack:
+            if self.writes:
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    stack.enter_context(locked(self.path))
                 except BlockingIOError as error:
                     raise RunFolderError(
                         f"{self.path}: another process is training there; wait until it ends, or "
                         "stop it"
                     ) from error
             yield
-        finally:
-            os.close(handle)
 
     def read_config(self) -> TrainConfig:
         """The run's configuration.
@@ -118,7 +106,7 @@ class RunFolder:
             return TrainConfig.from_json(path.read_text())
         except FileNotFoundError as error:
             raise RunFolderError(f"{self.path} is no run: it has no config.json") from error
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RunFolderError(f"{path} cannot be read: {error}") from error
 
     def checkpoints(self, arm: Arm) -> Path:
@@ -145,7 +133,7 @@ class RunFolder:
         """The evaluations so far, in every process; without a last line that was not finished."""
         path, arms = self.path / "metrics.jsonl", dict[Arm, list[Evaluation]]()
         for line in by_first(lambda: path.read_bytes() if path.exists() else b"").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 record: dict[str, Any] = json.loads(line)
                 numbers: dict[str, Any] = {
                     k: math.nan if v is None else v for k, v in record.items()

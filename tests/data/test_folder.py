@@ -127,3 +127,15 @@ def test_a_label_for_each_image(synthetic, synthesize):
             synthetic.entry,
             [*list(synthetic.contents.values())[:3], other.contents["test-labels"]],
         )
+
+
+@pytest.mark.parametrize("options", [{"data_dir": "~nosuch/a"}, {"cache_dir": "~nosuch/a"}])
+def test_the_home_of_nobody(options):
+    with pytest.raises(DataError, match=r"_dir: found ~nosuch.a, expected a folder; there is no"):
+        load("mnist", **options)
+
+
+def test_a_cache_in_the_home_of_nobody(monkeypatch):
+    monkeypatch.setenv("BN_JAX_CACHE", "~nosuch/a")
+    with pytest.raises(DataError, match="BN_JAX_CACHE: found ~nosuch/a, expected a folder"):
+        load("mnist")

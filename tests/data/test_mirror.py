@@ -5,6 +5,7 @@ import io
 import re
 import socket
 import sys
+import time
 
 import pytest
 
@@ -101,6 +102,44 @@ def test_a_connection_that_breaks(server, file, content):
     server.bodies[f"/{file.name}.gz"] = respond(body[:-100], Content_Length=str(len(body)))
     with pytest.raises(Unavailable, match="no connection"):
         Mirror(server.url).read(file)
+
+
+def test_an_answer_that_drips(server, file):
+    """Each byte comes in time, and all of them never."""
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(b"x")
+                time.sleep(0.05)
+        except OSError:
+            pass  # the client has hung up
+
+    server.bodies[f"/{file.name}.gz"] = drip
+    with pytest.raises(Unavailable, match=r"not done within 0.3 s"):
+        Mirror(server.url, read_seconds=5, total_seconds=0.3).read(file)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        respond(b"", status=302, Location="http://[::1"),
+        respond(b"", status=302, Location="http://a..b/"),
+        respond(b"", status=302, Location="http://*:99999999/"),
+        respond(b"", status=302, Location="nowhere://"),
+        respond(b"x", Content_Length="many"),
+        respond(b"x", Content_Length="-5"),
+    ],
+)
+@pytest.mark.parametrize("progress", [False, True])
+def test_an_answer_that_makes_no_sense(answer, progress, server, file, monkeypatch):
+    """It is this source's failure, after which the next one is asked; or it is no such file."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: progress, raising=False)
+    server.bodies[f"/{file.name}.gz"] = answer
+    with pytest.raises((OSError, DataError)):
+        verify(Mirror(server.url, progress=progress).read(file), file)
 
 
 def test_a_download_without_end(server, file):

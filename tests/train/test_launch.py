@@ -1,6 +1,7 @@
 """How processes find each other: flags, variables, a scheduler; and what is said if not."""
 
 import dataclasses
+import os
 import re
 import signal
 import socket
@@ -8,7 +9,7 @@ import socket
 import jax
 import pytest
 
-from bn_jax.train.launch import ALONE, Launch, join
+from bn_jax.train.launch import ALONE, Launch, bind_address, join
 
 VARIABLES = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:7788",
@@ -47,6 +48,7 @@ def test_variables_give_what_flags_do_not():
     ("variables", "message"),
     [
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: must be an integer of at least 0"),
+        ({"JAX_PROCESS_ID": "²"}, "JAX_PROCESS_ID=²: must be an integer of at least 0"),
         ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: must be an integer of at least 0"),
         ({"JAX_PROCESS_ID": "4"}, "--process-id 4: must be from 0 to 3, one for each process"),
         ({"JAX_NUM_PROCESSES": "0"}, "--processes 0: must be a positive integer"),
@@ -63,6 +65,9 @@ def test_a_variable_that_makes_no_sense(variables, message):
     [
         ({"coordinator": "here"}, "--coordinator here: must be HOST:PORT"),
         ({"coordinator": ":7788"}, "--coordinator :7788: must be HOST:PORT"),
+        ({"coordinator": "a:\u0667"}, "--coordinator a:\u0667: must be HOST:PORT"),
+        ({"coordinator": "a:7²"}, "--coordinator a:7²: must be HOST:PORT"),
+        ({"coordinator": "a:65536"}, "--coordinator a:65536: must be HOST:PORT"),
         ({"processes": 0}, "--processes 0: must be a positive integer"),
         ({"process_id": -1}, "--process-id -1: must be from 0, one"),
         ({"process_id": 2, "processes": 2}, "--process-id 2: must be from 0 to 1, one"),
@@ -75,11 +80,11 @@ def test_a_flag_that_makes_no_sense(fields, message):
 
 @pytest.mark.usefixtures("heeded")
 def test_what_jax_is_asked(calls):
-    given = Launch(coordinator="a:1", processes=2, process_id=1)
+    given = Launch(coordinator="127.0.0.1:1", processes=2, process_id=1)
     join(given)
     join(dataclasses.replace(given, distributed=True))
     (a, by_hand), (b, by_scheduler) = calls
-    assert a == b == ("a:1", 2, 1)
+    assert a == b == ("127.0.0.1:1", 2, 1)
     assert by_hand["cluster_detection_method"] == "deactivate"
     assert by_scheduler["cluster_detection_method"] is None
     assert by_hand["heartbeat_timeout_seconds"] == 30
@@ -108,9 +113,11 @@ def test_no_place_to_meet(monkeypatch):
         raise RuntimeError("UNKNOWN: port taken\nand more")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    message = "--coordinator a:1: the processes cannot meet there (UNKNOWN: port taken); choose"
+    message = (
+        "--coordinator 10.0.0.1:1: the processes cannot meet there (UNKNOWN: port taken); choose"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        join(Launch(coordinator="a:1", processes=2, process_id=1))
+        join(Launch(coordinator="10.0.0.1:1", processes=2, process_id=1))
 
 
 def test_a_port_that_is_taken(calls):
@@ -121,3 +128,51 @@ def test_a_port_that_is_taken(calls):
             join(Launch(coordinator=address, processes=2, process_id=0))
         join(Launch(coordinator=address, processes=2, process_id=1))
     assert len(calls) == 1
+
+
+def test_a_host_that_nobody_knows(calls):
+    """At once, and not after five minutes of silence."""
+    message = "--coordinator host.invalid:1: the host is not known here"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} .*; give a name or an address of"):
+        join(Launch(coordinator="host.invalid:1", processes=2, process_id=1))
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("address", "bound"),
+    [
+        ("127.0.0.1:7", "127.0.0.1:7"),
+        ("[::1]:7", "[::1]:7"),
+        ("localhost:7", "localhost:7"),
+        ("10.0.0.1:7", None),
+        ("a.example:7", None),
+        (None, None),
+    ],
+)
+def test_an_address_of_this_machine_is_open_to_this_machine(address, bound):
+    assert bind_address(address) == bound
+
+
+@pytest.mark.usefixtures("heeded")
+def test_jax_is_told_where_to_listen(calls):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    join(Launch(coordinator=f"127.0.0.1:{port}", processes=2, process_id=0))
+    assert calls[0][1]["coordinator_bind_address"] == f"127.0.0.1:{port}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks")
+def test_one_process_has_an_id_on_a_machine(tmp_path, monkeypatch):
+    """A second one would end the run of the first."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = Launch(coordinator="127.0.0.1:1", processes=3, process_id=1)
+    message = "--process-id 1: another process here has it in the run at 127.0.0.1:1; give each"
+    with mine.claimed():
+        with pytest.raises(ValueError, match=f"^{message}"), mine.claimed():
+            raise AssertionError("both are in")
+        with dataclasses.replace(mine, process_id=2).claimed():
+            pass
+        with dataclasses.replace(mine, coordinator="127.0.0.1:2").claimed():
+            pass
+    with mine.claimed():  # it is free again
+        pass

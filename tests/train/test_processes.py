@@ -215,6 +215,8 @@ def test_each_process_makes_its_share_of_a_cpu(monkeypatch):
     for few in [(None,), (1,), (None, 4), (2, 2)]:
         split_cpu(*few)
     assert made == [("jax_num_cpu_devices", 4), ("jax_num_cpu_devices", 3)]
+    with pytest.raises(ValueError, match=r"^--devices 100000: must be at most 256 in a process$"):
+        split_cpu(100_000, 2)
 
 
 @pytest.mark.slow

@@ -204,6 +204,7 @@ def test_an_interrupt_leaves_no_half_of_a_file(tmp_path, monkeypatch):
         ('{"momentum": 1}', r"config.json cannot be read: unknown field 'momentum'"),
         ('{"steps": "5"}', r"config.json cannot be read: --steps '5': must be an integer"),
         (b"\xff\xfe", r"config.json cannot be read: .*decode"),
+        ("[" * 100_000, r"config.json cannot be read: .*recursion"),
     ],
 )
 def test_a_configuration_that_cannot_be_read(content, message, tmp_path):
