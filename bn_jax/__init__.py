@@ -7,12 +7,15 @@
 >>> y, _ = bn.batch_norm(x, params, state, train=False)      # normalize by what was remembered
 """
 
-from bn_jax.core.averages import BatchNormState, CumulativeAverage, DebiasedEma, Ema, advance
+from bn_jax.core.averages import Average, CumulativeAverage, DebiasedEma, Ema
 from bn_jax.core.batch_norm import batch_norm, init
 from bn_jax.core.moments import Moments, measure, merge, pool
 from bn_jax.core.normalize import BatchNormParams, as_affine, normalize
 from bn_jax.core.pool_states import pool_states
 from bn_jax.core.population import population
+from bn_jax.core.standardize import standardize
+from bn_jax.core.state import BatchNormState, advance
+from bn_jax.core.xla.barriers import save_statistics
 from bn_jax.inference.fold import (
     fold_conv,
     fold_conv_transpose,
@@ -21,6 +24,7 @@ from bn_jax.inference.fold import (
 )
 
 __all__ = [
+    "Average",
     "BatchNormParams",
     "BatchNormState",
     "CumulativeAverage",
@@ -41,6 +45,8 @@ __all__ = [
     "pool",
     "pool_states",
     "population",
+    "save_statistics",
+    "standardize",
 ]
 
 __version__ = "0.1.0"

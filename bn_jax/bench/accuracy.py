@@ -70,9 +70,11 @@ def run(
     return Report("accuracy", rows, [table(rows)], bars(rows))
 
 
-def normal(m: int, features: int, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def normal(
+    m: int, features: int, offset: float = 0.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """X ~ N(offset, 1) and dy ~ N(0, 1), in float32, the same at each call."""
-    random = np.random.default_rng([m, features])
+    random = np.random.default_rng([m, features, *[seed] * (seed > 0)])
     x, dy = random.standard_normal((2, m, features))
     return (x + offset).astype(np.float32), dy.astype(np.float32)
 

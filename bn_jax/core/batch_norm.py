@@ -1,27 +1,30 @@
 """Batch normalization: measure the batch, normalize by it, remember it."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, SupportsIndex
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact, Shaped
 
-from bn_jax.core.averages import Average, BatchNormState, DebiasedEma, advance, read_state
-from bn_jax.core.axes import Axes, batch_size, feature_axes, feature_spec, shard_like, spread_where
-from bn_jax.core.checks import as_array, as_floats, as_integers, check_kind
+from bn_jax.core.averages import Average, DebiasedEma
+from bn_jax.core.checks import (
+    as_array,
+    as_floats,
+    as_integers,
+    check_features,
+    check_kind,
+    check_train,
+)
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
-from bn_jax.core.ghost import smallest_group, standardize_groups
-from bn_jax.core.moments import shift
-from bn_jax.core.normalize import BatchNormParams, check_epsilon, check_features, normalize
-from bn_jax.core.replicas import AxisIndexGroups, AxisName, Replicas, read_replicas
-from bn_jax.core.single_value import Notice, refuse, when_computed
+from bn_jax.core.layout import read_layout
+from bn_jax.core.normalize import BatchNormParams, normalize
+from bn_jax.core.replicas import AxisIndexGroups, AxisName
 from bn_jax.core.standardize import standardize
+from bn_jax.core.state import BatchNormState, advance, read_state
 
 
 def init(
@@ -137,98 +140,17 @@ def batch_norm(
     (True, True)
     >>> y, _ = batch_norm(x[:1], params, state, train=False)
     """
-    return batch_norm_noticing(
-        refuse,
-        x,
-        params,
-        state,
-        train=train,
-        average=average,
-        epsilon=epsilon,
-        feature_axis=feature_axis,
-        where=where,
-        unbiased=unbiased,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        group_size=group_size,
-    )
-
-
-def batch_norm_noticing(
-    notice: Notice,
-    x: Shaped[Array | np.ndarray, "..."],
-    params: BatchNormParams,
-    state: BatchNormState,
-    *,
-    train: bool | np.bool_ | Array,
-    average: Average,
-    epsilon: ArrayLike,
-    feature_axis: SupportsIndex | Sequence[SupportsIndex],
-    where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None,
-    unbiased: bool,
-    axis_name: AxisName | None,
-    axis_index_groups: AxisIndexGroups | None,
-    group_size: int | np.integer | None,
-) -> tuple[Inexact[Array, "..."], BatchNormState]:
-    """`batch_norm`, where the caller says what happens on one value per feature."""
     x = as_array(x)
     check_train(train)
     check_kind("params", params, BatchNormParams)
     check_kind("state", state, BatchNormState)
-    axes = feature_axes(x, feature_axis)
-    group_size = int(group_size) if isinstance(group_size, np.integer) else group_size
-    given, params = state, BatchNormParams(*as_floats(*params))
-    state = read_state(state)
-    check_features(x, axes, **params._asdict(), **state._asdict())
-
+    layout = read_layout(x, feature_axis)
+    params, given = BatchNormParams(*as_floats(*params)), read_state(state)
+    check_features(layout.features, x, layout.axes, **params._asdict(), **given._asdict())
     with jax.named_scope("batch_norm"):
+        options = {"epsilon": epsilon, "feature_axis": layout.axes, "where": where}
         if not train:
-            mean, var = state.mean, state.var
-            options = {"epsilon": epsilon, "feature_axis": axes, "where": where}
-            return normalize(x, mean, var, params, **options), given
-        x = jnp.asarray(x)
-        weights = None if where is None else spread_where(where, x, axes)
-
-        replicas = read_replicas(axis_name, axis_index_groups)
-        x = check_batch(notice, x, axes, replicas, group_size)
-        check_epsilon(epsilon)
-        epsilon = jnp.asarray(epsilon, real_dtype(statistics_dtype(x.dtype)))
-        params = BatchNormParams(*(shard_like(part, feature_spec(x, axes)) for part in params))
-        act = standardize if group_size is None else partial(standardize_groups, group_size)
-        y, origin, near = act(axes, replicas, x, params, epsilon, weights)
-        return y, advance(state, shift(origin, near), average, unbiased=unbiased)
-
-
-def check_train(train: object) -> None:
-    """Refuse a traced flag: which branch runs decides what is computed."""
-    if isinstance(train, jax.core.Tracer):
-        raise TypeError(
-            "train is traced, but must be a Python bool: mark it static, "
-            "jax.jit(f, static_argnames='train'), or bind it, functools.partial(f, train=True)"
-        )
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(f"train={train!r} must be True or False")
-
-
-def check_batch(
-    notice: Notice, x: Array, axes: Axes, replicas: Replicas | None, group_size: int | None
-) -> Array:
-    """X, and a notice where its variance is zero whatever it holds."""
-    if group_size is not None:
-        if smallest_group(x, axes, group_size) == 1:
-            message = (
-                f"training needs more than one value per feature, but group_size={group_size} "
-                f"leaves a group of one of x of shape {x.shape}: its variance is zero and y is "
-                "bias whatever x is; choose a group_size that leaves no single example over"
-            )
-            return when_computed(notice, message, x)
-    elif batch_size(x, axes) * (replicas.fewest if replicas else 1) == 1:
-        where = " in a group of axis_index_groups" if replicas and replicas.groups else ""
-        message = (
-            f"training needs more than one value per feature, but x of shape {x.shape} has one "
-            f"on feature axes {axes}{where}: its variance is zero and y is bias whatever x is; "
-            "use a larger batch or group, pool with axis_name, or normalize by the running "
-            "statistics (train=False)"
-        )
-        return when_computed(notice, message, x)
-    return x
+            return normalize(x, given.mean, given.var, params, **options), state
+        pooling = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        y, moments = standardize(x, params, **options, **pooling, group_size=group_size)
+        return y, advance(given, moments, average, unbiased=unbiased)

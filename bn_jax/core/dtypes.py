@@ -5,7 +5,7 @@ from jax.typing import DTypeLike
 
 
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """X's dtype, and at least float32: half precision cannot hold a sum.
+    """The dtype of statistics of x: x's own, and at least float32, since sums need the digits.
 
     Raises:
         TypeError: dtype is neither float nor complex.

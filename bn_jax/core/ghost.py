@@ -1,91 +1,100 @@
 """Ghost batch normalization: each group of examples by its own statistics.
 
-Hoffer, Hubara & Soudry (2017), algorithm 1. The groups become one more feature axis, so nothing new
-is computed; what is remembered are their moments, pooled: those of the whole batch.
+Hoffer, Hubara & Soudry (2017), algorithm 1. Groups are neighbours on the leading batch axis.
+Examples left over are a last, smaller group, which is filled up with values that are masked out.
+Inside, groups are one more feature axis, so nothing else has to know of them.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bn_jax.core.axes import Axes, batch_axes, feature_shape
-from bn_jax.core.moments import Moments, pool_about
-from bn_jax.core.normalize import BatchNormParams
-from bn_jax.core.replicas import Replicas, sum_over
-from bn_jax.core.standardize import standardize
+from bn_jax.core.layout import Layout
 
 
-def standardize_groups(
-    group_size: int,
-    axes: Axes,
-    replicas: Replicas | None,
-    x: Array,
-    params: BatchNormParams,
-    epsilon: Array,
-    weights: Array | None,
-) -> tuple[Array, Array, Moments]:
-    """Y, normalized group by group; an origin, and the moments about it of all replicas' groups.
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How an axis of x is cut into groups: [examples] to [groups, size].
 
-    Groups are neighbours on the leading batch axis. What is left over is a last, smaller group.
+    Attributes:
+        axis: the leading batch axis.
+        examples: its length.
+        size: examples per group.
     """
-    lead, features = batch_axes(x, axes)[0], feature_shape(x, axes)
-    examples = x.shape[lead]
-    group_size = min(group_size, examples) or 1
-    groups = -(-examples // group_size)
-    if examples % group_size:
-        weights = jnp.ones_like(x, bool) if weights is None else weights
-        missing = [(0, groups * group_size - examples if n == lead else 0) for n in range(x.ndim)]
-        x, weights = jnp.pad(x, missing), jnp.pad(weights, missing)
-    whole = x.shape
-    split = (*whole[:lead], groups, group_size, *whole[lead + 1 :])
-    place = sum(axis < lead for axis in axes)  # of the groups among the features
-    per_group = (*features[:place], groups, *features[place:])
 
-    x, weights = jax.tree.map(lambda values: values.reshape(split), (x, weights))
-    params = jax.tree.map(
-        lambda values: jnp.broadcast_to(jnp.expand_dims(values, place), per_group), params
-    )
-    axes = (*axes[:place], lead, *(axis + 1 for axis in axes[place:]))
-    y, origin, near = standardize(axes, None, x, params, epsilon, weights)
+    axis: int
+    examples: int
+    size: int
 
-    def add(parts: Any) -> Any:
-        sums = jax.tree.map(lambda part: jnp.sum(part, place, keepdims=True), parts)
-        return sum_over(sums, replicas)
+    @property
+    def missing(self) -> int:
+        """How many examples the last group lacks."""
+        return -self.examples % self.size
 
-    pooled = pool_about(origin, near, add)
-    origin, near = jax.tree.map(lambda part: part.reshape(features), pooled)
-    return lax.slice_in_dim(y.reshape(whole), 0, examples, axis=lead), origin, near
+    @property
+    def smallest(self) -> int:
+        """How many examples the smallest group has."""
+        return self.examples % self.size or self.size
+
+    def split(self, x: Array) -> Array:
+        """Data, with the axis cut in two and the last group filled up with zeros."""
+        if self.missing:
+            x = jnp.pad(x, [(0, self.missing * (n == self.axis)) for n in range(x.ndim)])
+        groups = x.shape[self.axis] // self.size
+        return x.reshape(*x.shape[: self.axis], groups, self.size, *x.shape[self.axis + 1 :])
+
+    def join(self, x: Array) -> Array:
+        """The inverse of `split`."""
+        x = x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+        return lax.slice_in_dim(x, 0, self.examples, axis=self.axis)
+
+    def repeat(self, numbers: Array) -> Array:
+        """Numbers per feature, for each group."""
+        groups = (self.examples + self.missing) // self.size
+        numbers = jnp.expand_dims(numbers, self.axis)
+        shape = [groups if n == self.axis else size for n, size in enumerate(numbers.shape)]
+        return jnp.broadcast_to(numbers, shape)
+
+    def add(self, parts: Any) -> Any:
+        """The sums over groups of numbers per group and feature."""
+        return jax.tree.map(lambda part: jnp.sum(part, self.axis, keepdims=True), parts)
+
+    def drop_axis(self, numbers: Array) -> Array:
+        """Numbers that are the same for all groups, without their axis."""
+        return lax.squeeze(numbers, [self.axis])
 
 
-def smallest_group(x: Array, axes: Axes, group_size: int) -> int:
-    """How many values each feature has in the smallest group.
+def read_groups(layout: Layout, x: Array, group_size: object) -> Groups | None:
+    """The groups of the leading batch axis; None where there is none, or no group_size.
 
     Raises:
         TypeError: group_size is traced, or no integer.
-        ValueError: group_size is not positive, or a group spans shards of an explicit mesh.
+        ValueError: group_size is not positive, or a group spans shards of an Explicit mesh.
     """
-    if isinstance(group_size, jax.core.Tracer) or not isinstance(group_size, int | np.integer):
+    if group_size is None:
+        return None
+    if not isinstance(group_size, int | np.integer):
         raise TypeError(f"group_size={group_size} must be a Python int, e.g. 32")
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be positive, e.g. 32")
-    lengths = [x.shape[axis] for axis in batch_axes(x, axes)]
-    if lengths and group_size < lengths[0]:
-        shard = shard_length(x, batch_axes(x, axes)[0])
-        if shard % group_size and shard < lengths[0]:
-            raise ValueError(
-                f"group_size={group_size} spans shards of {shard} examples of an explicit mesh; "
-                f"choose a divisor of {shard}, or spread the batch over an Auto mesh"
-            )
-    examples = [length % group_size or min(length, group_size) for length in lengths[:1]]
-    return math.prod(examples + lengths[1:])
+    if not layout.batch_axes:
+        return None
+    axis = layout.batch_axes[0]
+    examples, shard = x.shape[axis], shard_length(x, axis)
+    if group_size < examples and shard < examples and shard % group_size:
+        raise ValueError(
+            f"group_size={group_size} spans shards of {shard} examples of an explicit mesh; "
+            f"choose a divisor of {shard}, or shard the batch over an Auto mesh"
+        )
+    return Groups(axis, examples, min(int(group_size), examples) or 1)
 
 
-def shard_length(x: Array, axis: int) -> int:
+def shard_length(x: Array, axis: int) -> Any:
     """The length of an axis on each device of an explicit mesh; elsewhere, all of it."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] or ()

@@ -19,11 +19,22 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
-from bn_jax.core.axes import Axes, Size, collapse, feature_axes, feature_shape, spread_where
+from bn_jax.core.centered import add
+from bn_jax.core.checks import as_array
 from bn_jax.core.exported import exported
-from bn_jax.core.origin import origin_of, shared_origin
+from bn_jax.core.layout import read_layout
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
-from bn_jax.core.sums import Sums, add_up, count_or_all, divisor, for_each, inner, share, square
+from bn_jax.core.sums import (
+    Sums,
+    divisor,
+    inner,
+    origin_of,
+    share,
+    shared_origin,
+    square,
+    sums_about,
+)
+from bn_jax.core.xla.primitives import operation
 
 
 @exported
@@ -37,12 +48,15 @@ class Moments(NamedTuple):
             then mean and var are 0.
         squares: Σ w² of values measured with float weights, from which follows how many values
             there are in effect, (Σw)²/Σw² (Kish 1965); None where each value counts as one.
+        rest: what rounding the mean lost: mean + rest is the mean in double the precision. None
+            where it is not known.
     """
 
     mean: Inexact[Array, "*features"]
     var: Float[Array, "*features"]
     count: Float[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
     squares: Float[Array, "*features"] | None = None
+    rest: Inexact[Array, "*features"] | None = None
 
 
 def measure(
@@ -75,15 +89,13 @@ def measure(
     >>> m.mean.tolist(), m.var.tolist(), m.count.tolist()
     ([2.0, 20.0], [1.0, 100.0], [2.0, 2.0])
     """
-    x = jnp.asarray(x)
-    axes = feature_axes(x, feature_axis)
-    features = feature_shape(x, axes)
-    weights = None if where is None else spread_where(where, x, axes)
-    x, axes = collapse(x, axes)
-    weights = None if weights is None else weights.reshape(x.shape)
-    origin = origin_of(x, axes, weights)
-    moments = shift(origin, moments_of(add_up(x, origin, axes, weights), x, axes))
-    return jax.tree.map(lambda part: part.reshape(features), moments)
+    x = as_array(x)
+    layout = read_layout(x, feature_axis)
+    weights = layout.full_weights(where, x)
+    like = layout.bring_in(None, x)
+    origin = origin_of(x, weights, like)
+    sums = sums_about(origin, x, x.astype(like.dtype), weights)
+    return jax.tree.map(layout.take_out, moments_about(origin, sums))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -103,19 +115,18 @@ def merge(a: Moments, b: Moments) -> Moments:
     """
     count = a.count + b.count
     share_a, share_b = share(a.count, count), share(b.count, count)
-    difference = b.mean - a.mean
+    difference = (b.mean - a.mean) + (rest_of(b) - rest_of(a))
     # Step from the larger set: when it is all there is, the step is exactly zero.
-    mean = jnp.where(
-        share_b <= share_a,
-        a.mean + share_b.astype(difference.dtype) * difference,
-        b.mean - share_a.astype(difference.dtype) * difference,
-    )
+    from_a = share_b <= share_a
+    start, rest = lax.select(from_a, a.mean, b.mean), lax.select(from_a, rest_of(a), rest_of(b))
+    step = lax.select(from_a, share_b, -share_a).astype(difference.dtype) * difference
+    mean, rest = exact_sum(start, rest + step)
     var = share_a * a.var + share_b * b.var + share_a * share_b * square(difference)
     squares = None
     if a.squares is not None or b.squares is not None:
         square_a, square_b = (m.count if m.squares is None else m.squares for m in (a, b))
         squares = square_a + square_b
-    return Moments(mean, var, count, squares)
+    return Moments(mean, var, count, squares, rest)
 
 
 def pool(
@@ -146,13 +157,13 @@ def pool(
     return pool_by(moments, lambda parts: sum_over(parts, replicas))
 
 
-# The pieces from which `measure`, `pool` and `batch_norm` are put together.
+# The pieces from which `measure`, `pool` and `standardize` are put together.
 
 
 def pool_by(moments: Moments, add: Callable[[Any], Any]) -> Moments:
     """The moments of many sets of values, by a function that adds arrays up over all sets."""
-    here = moments._replace(mean=jnp.zeros_like(moments.mean))
-    return shift(*pool_about(moments.mean, here, add))
+    near = moments._replace(mean=rest_of(moments))
+    return about(*pool_about(moments.mean, near, add))
 
 
 def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple[Array, Moments]:
@@ -162,39 +173,76 @@ def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple
     """
     everywhere = shared_origin(origin, near.count, add)
     mean, var, count = near.mean + (origin - everywhere), near.var, near.count
-    total, squares = count.astype(mean.dtype) * mean, count * (var + square(mean))
-    sums = add(Sums(total, squares, count, near.squares))
-    return everywhere, Moments(*mean_and_var(sums, sums.count), sums.count, sums.squares)
+    total, squared = count.astype(mean.dtype) * mean, count * (var + square(mean))
+    return everywhere, moments_of(add(Sums(total, squared, count, near.squares)))
 
 
-def moments_of(sums: Sums, x: Array, axes: Axes) -> Moments:
-    """The moments of x, or of x and what was added to its sums."""
-    count = count_or_all(sums.count, x, axes)
-    return Moments(*mean_and_var(sums, count), for_each(count, x, axes), sums.squares)
+def moments_about(origin: Array, sums: Sums) -> Moments:
+    """The moments of x, from the sums of x - origin."""
+    return about(origin, moments_of(sums))
 
 
-def mean_and_var(sums: Sums, count: Array | Size) -> tuple[Array, Array]:
-    """E d and E|d|² - |E d|², of data whose mean is near zero: so it cancels nothing."""
-    mean = share(sums.total, count)
-    var = share(sums.square, count) - square(mean)
-    # Not by maximum, which at 0, of a constant feature, would pass on half of a derivative: the
-    # first of `measure`, the second of `batch_norm`.
-    return mean, lax.select(var < 0, jnp.zeros_like(var), var)
+def about(origin: Array, near: Moments) -> Moments:
+    """The moments of x, from those of x - origin."""
+    mean, rest = exact_sum(origin, near.mean)
+    return near._replace(mean=mean, rest=rest)
 
 
-def push_mean_and_var(
-    mean: Array, var: Array, count: Array | Size, sums_dot: Sums
-) -> tuple[Array, Array]:
-    """Their tangents, from those of the sums; that of the count may be None for zero.
+def moments_of(sums: Sums) -> Moments:
+    """The moments of what was summed, about its origin."""
+    mean, var = mean_and_var(sums)
+    return Moments(mean, var, sums.count, sums.squares)
 
-    Also where rounding made a variance negative, and zero was taken instead.
+
+def mean_and_var(sums: Sums) -> tuple[Array, Array]:
+    """The moments E d and E|d|² - |E d|² of data whose mean is near zero, so nothing cancels."""
+    mean, var = bind_mean_and_var(*sums[:3])
+    return mean, var
+
+
+def plain_mean_and_var(total, squared, count):
+    """S₁/m and (S₂ - S₁* S₁/m)/m, where only the first has to be rounded as if exact."""
+    mean = share(total, count)
+    var = (squared - inner(total, mean)) / divisor(squared, count)
+    return [mean, lax.select(var < 0, jnp.zeros_like(var), var)]
+
+
+def mean_and_var_jvp(operands, tangents):
+    """μ˙ = (Ṡ₁ - μ ṁ)/m and (σ²)˙ = (Ṡ₂ - (σ² + |μ|²) ṁ)/m - 2 Re μ* μ˙.
+
+    The same where rounding made a variance negative, and zero was taken instead.
     """
-    mean_dot, var_dot, count_dot, _ = sums_dot
+    mean, var = bind_mean_and_var(*operands)
+    total_dot, squared_dot, count_dot = tangents
     if count_dot is not None:
-        mean_dot = mean_dot - mean * count_dot.astype(mean.dtype)
-        var_dot = var_dot - (var + square(mean)) * count_dot
-    mean_dot = mean_dot / divisor(mean_dot, count)
-    return mean_dot, var_dot / divisor(var_dot, count) - 2 * inner(mean, mean_dot)
+        total_dot = add([total_dot, -(mean * count_dot.astype(mean.dtype))])
+        squared_dot = add([squared_dot, -((var + square(mean)) * count_dot)])
+    mean_dot = None if total_dot is None else total_dot / divisor(total_dot, operands[2])
+    var_dot = None if squared_dot is None else squared_dot / divisor(squared_dot, operands[2])
+    if mean_dot is not None:
+        var_dot = add([var_dot, -2 * inner(mean, mean_dot)])
+    return [mean, var], [mean_dot, var_dot]
+
+
+bind_mean_and_var = operation(
+    "mean_and_var",
+    plain_mean_and_var,
+    lambda total, squared, _: [total, squared],
+    jvp=mean_and_var_jvp,
+)
+
+
+def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum of a and b, and what rounding lost (Knuth's two-sum; a constant)."""
+    total = a + b
+    a, b, rounded = lax.stop_gradient((a, b, total))
+    part = rounded - a
+    return total, (a - (rounded - part)) + (b - part)
+
+
+def rest_of(moments: Moments) -> Array:
+    """What rounding the mean lost; 0 where it is not known."""
+    return jnp.zeros_like(moments.mean) if moments.rest is None else moments.rest
 
 
 def degrees_of_freedom(count: Any, squares: Array | None) -> Array:
@@ -210,8 +258,3 @@ def degrees_of_freedom(count: Any, squares: Array | None) -> Array:
         return count - 1
     left = count - share(squares, count)
     return lax.select(left > 1e-4 * count, left, jnp.zeros_like(left))
-
-
-def shift(by: Array, moments: Moments) -> Moments:
-    """The moments of x + by."""
-    return moments._replace(mean=moments.mean + by)

@@ -5,31 +5,25 @@ Three instances: training normalizes by the batch's own moments (Algorithm 1 of 
 `normalize` does not ask where the statistics came from.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
-import jax.core
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact, Shaped
 
-from bn_jax.core.averages import BatchNormState
-from bn_jax.core.axes import (
-    Axes,
-    collapse,
-    feature_axes,
-    feature_shape,
-    feature_spec,
-    shard_like,
-    spread,
-    spread_where,
-)
-from bn_jax.core.checks import as_array, as_floats, check_kind
+from bn_jax.core.centered import add, center, polynomial
+from bn_jax.core.checks import as_array, as_floats, check_epsilon, check_features, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.exported import exported
-from bn_jax.core.sums import is_padding, zero_where
+from bn_jax.core.layout import Layout, read_layout
+from bn_jax.core.state import BatchNormState
+from bn_jax.core.xla.barriers import downcast
+from bn_jax.core.xla.primitives import operation
 
 
 @exported
@@ -54,6 +48,7 @@ def normalize(
     epsilon: ArrayLike = 1e-5,
     feature_axis: SupportsIndex | Sequence[SupportsIndex] = -1,
     where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None = None,
+    rest: Inexact[Array | np.ndarray, "..."] | None = None,
 ) -> Inexact[Array, "..."]:
     """Normalize each feature by the given statistics, then scale and shift it.
 
@@ -70,6 +65,8 @@ def normalize(
         feature_axis: the axes that mean, var and params belong to, in the order of x's axes.
         where: as in `measure`. Padding, excluded and not finite, gives y = β and spoils no
             gradient; all other outputs do not depend on it.
+        rest: what rounding the mean lost, `Moments.rest`: with it, y is as accurate as that of
+            `batch_norm`, also where the mean is many standard deviations.
 
     Returns:
         y, of x's shape and dtype; computed in at least float32.
@@ -85,23 +82,41 @@ def normalize(
     [[-10.0], [10.0]]
     """
     x = as_array(x)
-    axes = feature_axes(x, feature_axis)
+    layout = read_layout(x, feature_axis)
     check_kind("params", params, BatchNormParams)
-    mean, var, *affine = as_floats(mean, var, *params)
+    check_epsilon(epsilon)
+    mean, var, rest, *affine = as_floats(mean, var, rest, *params)
     params = BatchNormParams(*affine)
-    check_features(x, axes, mean=mean, var=var, scale=params.scale, bias=params.bias)
-    spec = feature_spec(x, axes)
-    mean, var, *affine = (shard_like(part, spec) for part in (mean, var, *params))
-    params = BatchNormParams(*affine)
-    shape, wide = x.shape, statistics_dtype(x.dtype)
-    weights = None if where is None else spread_where(where, x, axes)
-    padding = is_padding(x, weights)
-    x, axes = collapse(zero_where(padding, x), axes)
-    centered = x.astype(wide) - spread(jnp.asarray(mean, wide), x, axes)
-    if padding is not None:
-        centered = zero_where(padding.reshape(x.shape), centered)
-    multiplier = inverse_std(jnp.asarray(var, real_dtype(wide)), epsilon)
-    return transform(centered, multiplier, params, axes).astype(x.dtype).reshape(shape)
+    values = {"mean": mean, "var": var, "rest": rest, **params._asdict()}
+    check_features(layout.features, x, layout.axes, **values)
+    weights = layout.full_weights(where, x)
+    return normalized(x, mean, rest, var, params, epsilon, weights, layout)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def normalized(
+    x: Array,
+    mean: Array,
+    rest: Array | None,
+    var: Array,
+    params: BatchNormParams,
+    epsilon: ArrayLike,
+    weights: Array | None,
+    layout: Layout,
+) -> Array:
+    """`normalize`, with arguments that are checked; jitted, so that layers are traced once.
+
+    Inference is in JAX's own operations, for converters to other formats, which know no others.
+    """
+    mean, var = layout.bring_in(mean, x), layout.bring_in(var, x, real=True)
+    affine = bring_in_params(layout, params, x)
+    epsilon = jnp.asarray(epsilon, var.dtype)
+    if rest is not None:
+        r, rest = inverse_std(var, epsilon), layout.bring_in(rest, x)
+        return apply_statistics(x, x.astype(mean.dtype), mean, rest, r, affine, weights)
+    (scale, bias), (r,) = affine, plain_inverse_std(var, epsilon)
+    d, _ = center(x, mean, weights, "broken")
+    return (scale * r.astype(scale.dtype) * d + bias).astype(x.dtype)
 
 
 def as_affine(
@@ -128,64 +143,74 @@ def as_affine(
     check_kind("state", state, BatchNormState)
     params = BatchNormParams(*as_floats(*params))
     state = BatchNormState(*as_floats(*state))
+    check_epsilon(epsilon)
     wide = statistics_dtype(state.mean.dtype)
-    multiplier = inverse_std(jnp.asarray(state.var, real_dtype(wide)), epsilon).astype(wide)
+    var = jnp.asarray(state.var, real_dtype(wide))
+    multiplier = inverse_std(var, jnp.asarray(epsilon, var.dtype)).astype(wide)
     scale = multiplier if params.scale is None else multiplier * jnp.asarray(params.scale, wide)
     offset = -scale * jnp.asarray(state.mean, wide)
     return scale, offset if params.bias is None else offset + jnp.asarray(params.bias, wide)
 
 
-# The pieces from which `normalize` and `batch_norm` are put together.
+# The pieces from which `normalize` and `standardize` are put together. Numbers per feature have x's
+# rank here.
 
 
-def transform(centered: Array, multiplier: Array, params: BatchNormParams, axes: Axes) -> Array:
-    """γ·multiplier·centered + β, in the dtype of centered."""
-    wide = centered.dtype
-    multiplier = multiplier.astype(wide).reshape(feature_shape(centered, axes))
-    if params.scale is not None:
-        multiplier = multiplier * jnp.asarray(params.scale, wide).reshape(multiplier.shape)
-    y = centered * spread(multiplier, centered, axes)
-    return y if params.bias is None else y + spread(jnp.asarray(params.bias, wide), y, axes)
+def bring_in_params(layout: Layout, params: BatchNormParams, x: Array) -> tuple[Array, Array]:
+    """γ and β with x's rank, in the dtype of statistics; 1 and 0 for None."""
+    return layout.bring_in(params.scale, x, missing=1.0), layout.bring_in(params.bias, x)
 
 
-def inverse_std(var: Array, epsilon: ArrayLike) -> Array:
+def apply_statistics(
+    x: Array,
+    wide: Array,
+    origin: Array,
+    mean: Array,
+    r: Array,
+    affine: tuple[Array, Array],
+    weights: Array | None,
+) -> Array:
+    """γ r (x - origin - mean) + β in x's dtype; β for padding, which is masked out and not finite.
+
+    Args:
+        x: what is kept for the backward pass.
+        wide: x in the dtype of statistics, to which derivatives flow.
+        origin: near the mean.
+        mean: of x - origin.
+        r: 1/√(σ² + ε).
+        affine: γ and β.
+        weights: of x's shape, or None.
+    """
+    scale, bias = affine
+    slope = scale * r.astype(scale.dtype)
+    if weights is None:
+        y = polynomial((0, 1), x, wide, origin, mean, [bias, slope])
+    else:
+        y = polynomial((1,), x, wide, origin, mean, [slope], weights=weights) + bias
+    return downcast(y, x.dtype)
+
+
+def inverse_std(var: Array, epsilon: Array) -> Array:
     """1/√(σ² + ε), and 0 where that is 1/0: a feature without spread is centered, not scaled.
 
-    NaN of a variance that is negative, also within ε: what is broken must be seen.
+    NaN for a negative variance, even within ε: what is broken must be seen.
     """
-    check_epsilon(epsilon)
-    padded = lax.select(var < 0, var, var + jnp.asarray(epsilon, var.dtype))
+    return bind_inverse_std(var, lax.broadcast(epsilon, var.shape))[0]
+
+
+def plain_inverse_std(var, epsilon):
+    """1/√(σ² + ε)."""
+    padded = lax.select(var < 0, var, var + epsilon)
     flat, one = padded == 0, jnp.ones_like(padded)
-    return lax.select(flat, jnp.zeros_like(padded), lax.rsqrt(lax.select(flat, one, padded)))
+    return [lax.select(flat, jnp.zeros_like(padded), lax.rsqrt(lax.select(flat, one, padded)))]
 
 
-def check_epsilon(epsilon: ArrayLike) -> None:
-    """Refuse what can only be a mistake; a traced epsilon is taken as it is."""
-    if np.shape(epsilon):
-        raise ValueError(f"epsilon has shape {np.shape(epsilon)}, but is one number, e.g. 1e-5")
-    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= np.asarray(epsilon) < np.inf:
-        raise ValueError(f"epsilon={epsilon} must be finite and not negative, e.g. 1e-5")
+def inverse_std_jvp(operands, tangents):
+    """ṙ = -r³ ((σ²)˙ + ε̇)/2; r³ itself would leave float32's range at a spread of 1e±13."""
+    (r,), moved = bind_inverse_std(*operands), add(tangents)
+    return [r], [None if moved is None else -0.5 * (r * (r * (r * moved)))]
 
 
-def check_features(x: Array, axes: Axes, **values: Array | np.ndarray | None) -> None:
-    """Refuse per-feature values that do not fit x in shape or complexity, by their names."""
-    shape = feature_shape(x, axes)
-    for name, value in values.items():
-        if value is not None and mixes_complex(name, value, x):
-            raise TypeError(
-                f"{name} has dtype {value.dtype} and x {x.dtype}; the mean of complex data is "
-                f"complex and their var real, as init({shape}, dtype=jnp.{x.dtype}) makes them; "
-                "for real data all are real"
-            )
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, but x of shape {x.shape} has features of "
-                f"shape {shape} on axes {axes}; set feature_axis, or init({shape})"
-            )
-
-
-def mixes_complex(name: str, value: Array | np.ndarray, x: Array) -> bool:
-    """Whether a value would lose its imaginary part, or x its own to a real mean."""
-    if name == "mean":
-        return jnp.iscomplexobj(value) != jnp.iscomplexobj(x)
-    return jnp.iscomplexobj(value) and (name == "var" or not jnp.iscomplexobj(x))
+bind_inverse_std = operation(
+    "inverse_std", plain_inverse_std, lambda var, _: [var], jvp=inverse_std_jvp
+)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.core.averages import BatchNormState, batches_seen, read_state
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.moments import Moments, pool_by
+from bn_jax.core.state import BatchNormState, batches_seen, read_state
 
 States = TypeVar("States")
 NAMES = BatchNormState._fields

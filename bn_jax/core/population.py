@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.checks import as_floats
 from bn_jax.core.moments import Moments, degrees_of_freedom, merge
+from bn_jax.core.state import BatchNormState
 from bn_jax.core.sums import share
 
 

@@ -1,123 +1,110 @@
-"""From data to sums about an origin, of which moments are made.
+"""From data to sums about an origin, from which moments are made.
 
-E[x²] - E[x]² cancels when the mean is large against the spread, and even an exact mean cannot be
-stored exactly; but the statistics of x - origin are small numbers, and x - origin itself is exact
-for the values near the origin. Sums about one origin are additive, over disjoint sets of values and
-over the members of a named axis.
+E[x²] - E[x]² cancels where the mean is large against the spread, and even an exact mean cannot be
+stored exactly. But x - origin is exact for values near the origin, and its statistics are small
+numbers. Its sums are additive: over disjoint sets of values, and over the members of a named axis.
+
+Numbers per feature have x's rank here (`layout.py`).
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact
 
-from bn_jax.core.axes import Axes, Size, batch_axes, batch_size, for_each_feature, spread
-from bn_jax.core.dtypes import real_dtype, statistics_dtype
-from bn_jax.core.quotient import quotient
-from bn_jax.core.together import add_over, add_together
+from bn_jax.core.centered import part_mean, power_sums, summed
+from bn_jax.core.replicas import Replicas, sum_over
+from bn_jax.core.xla.barriers import same_everywhere
+from bn_jax.core.xla.division import divide
 
 
 class Sums(NamedTuple):
-    """What moments are made of: additive over disjoint sets of values.
+    """What moments are made from; additive over disjoint sets of values.
 
     Attributes:
-        total: Σ w d, of deviations d from an origin.
+        total: Σ w d, of the deviations d from an origin.
         square: Σ w |d|².
-        count: Σ w, or None for all there are.
+        count: Σ w.
         squares: Σ w² of float weights, or None.
     """
 
-    total: Inexact[Array, "*features"]
-    square: Float[Array, "*features"]
-    count: Float[Array, "*features"] | None  # pyright: ignore[reportIncompatibleMethodOverride]
-    squares: Float[Array, "*features"] | None = None
+    total: Inexact[Array, "..."]
+    square: Float[Array, "..."]
+    count: Float[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
+    squares: Float[Array, "..."] | None = None
 
 
-def center(x: Array, origin: Array, axes: Axes) -> Array:
-    """X - origin in the dtype of statistics."""
-    return x.astype(origin.dtype) - spread(origin, x, axes)
+def sums_about(origin: Array, x: Array, wide: Array, weights: Array | None) -> Sums:
+    """The sums of x - origin, of origin's shape.
 
-
-def without_padding(values: Array, x: Array, weights: Array | None) -> Array:
-    """Values, and 0 where x weighs nothing and is not finite: padding may hold anything."""
-    return zero_where(is_padding(x, weights), values)
-
-
-def is_padding(x: Array, weights: Array | None) -> Array | None:
-    """Where x weighs nothing and is not finite, or None for nowhere."""
-    return None if weights is None else ~(counts(weights) | jnp.isfinite(x))
-
-
-def zero_where(padding: Array | None, values: Array) -> Array:
-    """Values, and 0 for padding."""
-    return values if padding is None else jnp.where(padding, jnp.zeros_like(values), values)
-
-
-def add_up(x: Array, origin: Array, axes: Axes, weights: Array | None) -> Sums:
-    """The sums from which moments of x - origin are made."""
-    kept = keep(center(x, origin, axes), weights)
-    parts = [weigh(kept, weights), weigh(square(kept), weights)]
-    if weights is not None:
-        parts.append(weights.astype(parts[1].dtype))
-    if are_importances(weights):
-        parts.append(square(parts[-1]))
-    total, squares, *counted = add_together(parts, axes)
-    count, weight_squares = (*counted, None, None)[:2]
-    return Sums(total, squares, count, weight_squares)
-
-
-def keep(values: Array, weights: Array | None) -> Array:
-    """Values, and 0 where they weigh nothing and could spoil a sum.
-
-    All that a mask excludes. A weight of 0 makes its product 0 by itself, and leaves the value to
-    the weight's derivative; unless 0 times the value's square is not 0.
+    Args:
+        origin: a constant near the mean, per feature.
+        x: what is kept for the backward pass.
+        wide: x in the dtype of statistics, to which derivatives flow.
+        weights: of x's shape, or None where each value counts once.
     """
+    if jnp.iscomplexobj(origin):
+        real, imaginary = (
+            sums_about(part(origin), part(x), part(wide), weights) for part in (jnp.real, jnp.imag)
+        )
+        total = lax.complex(real.total, imaginary.total)
+        return real._replace(total=total, square=real.square + imaginary.square)
     if weights is None:
-        return values
-    kept = counts(weights)
-    if are_importances(weights):
-        kept = kept | jnp.isfinite(square(values))
-    return jnp.where(kept, values, jnp.zeros_like(values))
+        total, square = power_sums((1, 2), x, wide, origin)
+        return Sums(total, square, jnp.full_like(total, values_per_feature(x, origin)))
+    times = None if weights.dtype == bool else weights.astype(origin.dtype)
+    sums = power_sums((0, 1, 2), x, wide, origin, weights=weights, times=times)
+    squares = [None]
+    if times is not None and are_importances(weights):
+        once, times = lax.stop_gradient((x, times))
+        squares = power_sums((0,), once, once, origin, weights=weights, times=times * times)
+    count, total, square = sums
+    return Sums(total, square, count, *squares)
 
 
-def weigh(kept: Array, weights: Array | None) -> Array:
-    """Kept values times their weights."""
-    if weights is None or weights.dtype == bool:
-        return kept
-    return weights.astype(kept.dtype) * kept
+def origin_of(
+    x: Array, weights: Array | None, like: Array, replicas: Replicas | None = None
+) -> Array:
+    """A point near the mean, about which sums lose no digits; with replicas, the same for all.
 
+    It is the mean of a part of x, or of all of x if that is weighted. The mean of one of f equal
+    parts is at most √(f - 1) standard deviations from the mean of all, whatever the data
+    (Cauchy-Schwarz: an outlier that draws it away also widens σ). So E|x - origin|² ≤ f σ², and at
+    most log₂ 16 = 4 bits are lost.
 
-def count_of(x: Array, axes: Axes, weights: Array | None) -> Array | Size:
-    """The number of values, or per feature the sum of their weights."""
-    if weights is None:
-        return batch_size(x, axes)
-    return add_over(weights.astype(real_dtype(statistics_dtype(x.dtype))), batch_axes(x, axes))
+    A constant feature differs from its origin by a few units in the last place. Plain sums of those
+    are exact, so its variance is 0 and it normalizes to exactly 0. Weighted sums are not exact, so
+    a second step lands on the constant itself.
 
-
-def count_or_all(count: Array | None, x: Array, axes: Axes) -> Array | Size:
-    """A count of sums of x, or of all of x where there is none.
-
-    That is known; but in `Sums`, which pass through rules of JAX, it would be traced like the rest.
+    The origin is a constant: moments do not depend on it, so no derivative flows through it.
     """
-    return batch_size(x, axes) if count is None else count
+    x, weights = lax.stop_gradient((x, weights))
+    if weights is None:
+        origin = part_mean(x, like)
+        count = jnp.full_like(origin.real, values_per_feature(x, like))
+    else:
+        origin, count = jnp.zeros_like(like), jnp.zeros_like(like.real)
+        for _ in range(1 if weights.dtype == bool else 2):
+            sums = sums_about(origin, x, x.astype(like.dtype), weights)
+            origin, count = origin + share(sums.total, sums.count), sums.count
+    if replicas is not None:
+        origin = shared_origin(origin, count, lambda parts: sum_over(parts, replicas))
+    return same_everywhere(origin)
 
 
-def for_each(count: Array | Size, x: Array, axes: Axes) -> Array:
-    """A count per feature, also of a number."""
-    real = real_dtype(statistics_dtype(x.dtype))
-    return for_each_feature(count, x, axes, real) if is_known(count) else count
+def shared_origin(origin: Array, count: Array, add: Callable[[Any], Any]) -> Array:
+    """The average of the origins of several sets of values, weighted by their counts."""
+    origin, count = lax.stop_gradient((origin, count))
+    return share(*add((count.astype(origin.dtype) * origin, count)))
 
 
-def is_known(count: Array | Size) -> bool:
-    """Whether a count is one number, before anything is computed."""
-    return not isinstance(count, Array | np.ndarray | np.generic)
-
-
-def counts(weights: Array) -> Array:
-    """Which values weigh anything."""
-    return weights if weights.dtype == bool else weights > 0
+def values_per_feature(x: ArrayLike, like: Array) -> Any:
+    """How many values of x there are for each number of like."""
+    return math.prod(jnp.shape(x)[axis] for axis in summed(like))
 
 
 def are_importances(weights: Array | None) -> bool:
@@ -125,15 +112,13 @@ def are_importances(weights: Array | None) -> bool:
     return weights is not None and jnp.issubdtype(weights.dtype, jnp.floating)
 
 
-def share(part: Array, whole: Array | Size) -> Array:
-    """Part / whole, correctly rounded, and 0 of nothing without a NaN on the way."""
-    return quotient(part, divisor(part, whole))
+def share(part: Array, whole: Array) -> Array:
+    """Part / whole, rounded once; 0 of nothing, without a NaN on the way."""
+    return divide(part, divisor(part, whole))
 
 
-def divisor(part: Array, whole: Array | Size) -> Array:
-    """Whole in the dtype of part, and 1 of nothing."""
-    if is_known(whole):
-        return lax.full_like(part, max(whole, 1))
+def divisor(part: Array, whole: Array) -> Array:
+    """Whole in the dtype of part, and 1 for nothing."""
     return lax.select(whole > 0, whole, jnp.ones_like(whole)).astype(part.dtype)
 
 

@@ -16,8 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.population import Seen, finish
+from bn_jax.core.state import BatchNormState
 from bn_jax.core.sums import share, square
 
 

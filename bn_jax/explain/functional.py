@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.population import Seen, include
+from bn_jax.core.state import BatchNormState
 from bn_jax.explain.compare import compare
 from bn_jax.explain.report import Report, judge, summarize
 

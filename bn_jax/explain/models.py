@@ -11,8 +11,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.population import conclude
+from bn_jax.core.state import BatchNormState
 from bn_jax.explain.functional import report
 from bn_jax.explain.report import Report
 from bn_jax.inference.recalibrate_linen import see_linen

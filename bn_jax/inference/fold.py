@@ -21,9 +21,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Inexact, Shaped
 
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.normalize import BatchNormParams, as_affine
+from bn_jax.core.state import BatchNormState
 
 Values = Shaped[Array | np.ndarray, "..."] | Sequence[Any]
 """Arrays, or nested lists of numbers."""

@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 
 import bn_jax.layers.linen
 import bn_jax.layers.nnx
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.inference.fold import (
     fold_conv,
     fold_conv_transpose,

@@ -8,11 +8,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from bn_jax.core.averages import BatchNormState
-from bn_jax.core.axes import feature_axes
 from bn_jax.core.checks import is_concrete
 from bn_jax.core.dtypes import statistics_dtype
+from bn_jax.core.layout import read_layout
 from bn_jax.core.moments import Moments, measure, merge, pool
+from bn_jax.core.state import BatchNormState
 from bn_jax.layers.translate import read_mask
 
 
@@ -28,7 +28,7 @@ def observe(seen: Moments, layer: Any, x: ArrayLike, mask: ArrayLike | None = No
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)  # as Flax takes integers
-    axes = feature_axes(x, layer.axis)
+    axes = read_layout(x, layer.axis).axes
     moments = measure(x, feature_axis=axes, where=read_mask(mask, x, axes))
     if layer.axis_name is not None:
         moments = pool(moments, layer.axis_name, axis_index_groups=layer.axis_index_groups)

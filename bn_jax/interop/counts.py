@@ -3,7 +3,7 @@
 The count decides how much the statistics weigh against the next batch. torch keeps it, haiku uses
 it to divide by 1 - decayᵗ, keras does not keep it. A count of 0 means "new" to `DebiasedEma` and
 `CumulativeAverage`: the first batch replaces the statistics. So loaded statistics whose count is
-unknown or 0 get the count `bn_jax.core.averages.LOADED`.
+unknown or 0 get the count `bn_jax.core.state.LOADED`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax.core.averages import LOADED
+from bn_jax.core.state import LOADED
 from bn_jax.interop.checks import checkpoint_error, read_array, some
 
 

@@ -23,8 +23,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from bn_jax.core.averages import LOADED, BatchNormState, DebiasedEma, check_decay
+from bn_jax.core.averages import DebiasedEma
+from bn_jax.core.checks import check_decay
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import LOADED, BatchNormState
 from bn_jax.interop.checks import checkpoint_error, read_array
 from bn_jax.interop.counts import one_count, read_one_count
 from bn_jax.interop.settings import (
@@ -156,7 +158,7 @@ def to_equinox(
         layer_state: the `equinox.nn.State` of the model; it cannot be used again.
         count: the number of batches, if it differs between the features of the state. If it is 0
             although the statistics are not those of a new layer, it becomes
-            `bn_jax.core.averages.LOADED`.
+            `bn_jax.core.state.LOADED`.
         values_per_feature: m, to convert an unbiased variance to equinox' biased one by (m - 1)/m.
             None copies it. `bn_jax.interop.settings` explains when this matters.
 

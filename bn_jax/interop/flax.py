@@ -10,8 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bn_jax.core.averages import BatchNormState, Ema
+from bn_jax.core.averages import Ema
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.interop.checks import (
     checkpoint_error,
     read_mapping,
@@ -51,7 +52,7 @@ def from_flax(
         count: the number of batches seen. None takes `count` in the variables, which our layers
             with an `average` keep, or 0. It matters for averages that depend on it, such as
             `DebiasedEma`. 0 means unknown: if the statistics are not those of a new layer, it
-            becomes `bn_jax.core.averages.LOADED`.
+            becomes `bn_jax.core.state.LOADED`.
         values_per_feature: m, to convert the variance to the core's unbiased one by m/(m - 1).
             None copies flax's biased one. See `bn_jax.interop.settings`.
 

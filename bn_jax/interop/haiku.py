@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bn_jax.core.averages import BatchNormState, DebiasedEma, Ema
+from bn_jax.core.averages import DebiasedEma, Ema
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.interop.checks import (
     checkpoint_error,
     read_array,
@@ -140,7 +141,7 @@ def to_haiku(
         axis: the feature axis of the data; 1 for data_format="channels_first".
         count: the number of batches, if it differs between the features of the state. If it is 0
             although the statistics are not those of a new layer, it becomes
-            `bn_jax.core.averages.LOADED`.
+            `bn_jax.core.state.LOADED`.
         values_per_feature: m, to convert an unbiased variance to haiku's biased one by (m - 1)/m.
             None copies it. `bn_jax.interop.settings` explains when this matters.
 

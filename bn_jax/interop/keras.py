@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bn_jax.core.averages import BatchNormState, Ema
+from bn_jax.core.averages import Ema
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.interop.checks import checkpoint_error, refuse_extra, require, some
 from bn_jax.interop.settings import (
     Settings,
@@ -50,7 +51,7 @@ def from_keras(
         epsilon: of the layer's constructor.
         count: the number of batches seen, which keras does not keep. It matters for averages that
             depend on it, such as `DebiasedEma`. 0 means unknown: if the statistics are not those
-            of a new layer, it becomes `bn_jax.core.averages.LOADED`.
+            of a new layer, it becomes `bn_jax.core.state.LOADED`.
         values_per_feature: m, to convert the variance to the core's unbiased one by m/(m - 1).
             None copies keras' biased one. See `bn_jax.interop.settings`.
 

@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax.core.averages import Average, BatchNormState
+from bn_jax.core.averages import Average
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.interop.checks import checkpoint_error
 from bn_jax.interop.values import Values, read_ours
 

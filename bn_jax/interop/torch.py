@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bn_jax.core.averages import Average, BatchNormState, CumulativeAverage, Ema
+from bn_jax.core.averages import Average, CumulativeAverage, Ema
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.interop.checks import read_mapping, refuse_extra, require, some
 from bn_jax.interop.counts import one_count
 from bn_jax.interop.files import read_file
@@ -57,7 +58,7 @@ def from_torch(
         count: the number of batches seen, for files without `num_batches_tracked`, which are older
             than torch 0.4.1. It matters for averages that depend on it, such as momentum=None. If
             the number is 0 and the statistics are not those of a new layer, it becomes
-            `bn_jax.core.averages.LOADED`, so that the first batch does not replace them.
+            `bn_jax.core.state.LOADED`, so that the first batch does not replace them.
 
     Returns:
         (params, state, settings). scale or bias is None where weight or bias is absent. The values

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax.core.averages import BatchNormState
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
 from bn_jax.interop.checks import checkpoint_error, read_statistic
 from bn_jax.interop.counts import count_loaded, read_count
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bn_jax.core.averages import Average, BatchNormState
-from bn_jax.core.axes import feature_axes, feature_shape
-from bn_jax.core.batch_norm import batch_norm_noticing
+from bn_jax.core.averages import Average
+from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.layout import read_layout
 from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
+from bn_jax.core.state import BatchNormState
+from bn_jax.core.xla.notice import on_single_value
 from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
@@ -127,8 +129,8 @@ class BatchNorm(nn.BatchNorm):
         )
         check_flag(evaluate)
         x = jnp.asarray(x)
-        axes = feature_axes(x, self.axis)
-        shape = feature_shape(x, axes)
+        layout = read_layout(x, self.axis)
+        axes, shape = layout.axes, layout.features
         kind = mean_dtype(x.dtype, self.dtype, self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kind)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -151,21 +153,21 @@ class BatchNorm(nn.BatchNorm):
             return normalize(x, batch.mean, batch.var, params, **options).astype(result)
 
         seen = batches_seen(None if count is None else count.value, mean.value)
-        y, state = batch_norm_noticing(
-            warn,
-            x,
-            params,
-            BatchNormState(mean.value, var.value, seen),
-            train=not evaluate,
-            average=flax_average(self.momentum) if self.average is None else self.average,
-            epsilon=self.epsilon,
-            feature_axis=axes,
-            where=where,
-            unbiased=self.unbiased,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            group_size=self.group_size,
-        )
+        with on_single_value(warn):
+            y, state = batch_norm(
+                x,
+                params,
+                BatchNormState(mean.value, var.value, seen),
+                train=not evaluate,
+                average=flax_average(self.momentum) if self.average is None else self.average,
+                epsilon=self.epsilon,
+                feature_axis=axes,
+                where=where,
+                unbiased=self.unbiased,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                group_size=self.group_size,
+            )
         if not evaluate:
             mean.value, var.value = state.mean, state.var
             if count is not None:

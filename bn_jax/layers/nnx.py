@@ -16,10 +16,12 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.nn import initializers
 
-from bn_jax.core.averages import Average, BatchNormState
-from bn_jax.core.axes import feature_axes
-from bn_jax.core.batch_norm import batch_norm_noticing
+from bn_jax.core.averages import Average
+from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.layout import read_layout
 from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.state import BatchNormState
+from bn_jax.core.xla.notice import on_single_value
 from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
@@ -205,7 +207,7 @@ class BatchNorm(nnx.BatchNorm):
             )
         check_flag(evaluate)
         x = jnp.asarray(x)
-        axes = feature_axes(x, self.axis)
+        axes = read_layout(x, self.axis).axes
         mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -215,21 +217,21 @@ class BatchNorm(nnx.BatchNorm):
         x, result = promote(x, params, self.dtype)
         seen = batches_seen(None if self.count is None else self.count[...], mean)
         momentum = self.momentum[...] if isinstance(self.momentum, nnx.Variable) else self.momentum
-        y, state = batch_norm_noticing(
-            warn,
-            x,
-            params,
-            BatchNormState(mean, var, seen),
-            train=not evaluate,
-            average=flax_average(momentum) if self.average is None else self.average,
-            epsilon=self.epsilon,
-            feature_axis=axes,
-            where=read_mask(mask, x, axes),
-            unbiased=self.unbiased,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            group_size=self.group_size,
-        )
+        with on_single_value(warn):
+            y, state = batch_norm(
+                x,
+                params,
+                BatchNormState(mean, var, seen),
+                train=not evaluate,
+                average=flax_average(momentum) if self.average is None else self.average,
+                epsilon=self.epsilon,
+                feature_axis=axes,
+                where=read_mask(mask, x, axes),
+                unbiased=self.unbiased,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                group_size=self.group_size,
+            )
         if not evaluate:
             remember(self.mean, state.mean)
             remember(self.var, state.var)

@@ -16,7 +16,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bn_jax.core.averages import Average, Ema
-from bn_jax.core.axes import Axes, batch_axes
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.normalize import BatchNormParams
 
@@ -77,7 +76,7 @@ class PerFeatureEma:
     """An exponential moving average with one decay per feature.
 
     >>> average = PerFeatureEma(jnp.array([0.0, 0.5]))
-    >>> average.weights(0)[1].tolist()
+    >>> average.new_weight(0).tolist()
     [1.0, 0.5]
     """
 
@@ -87,12 +86,12 @@ class PerFeatureEma:
         """The weight of the past, per feature."""
         return self.decay
 
-    def weights(self, count: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
-        """The weights of the past and of the new batch, per feature."""
-        return self.decay, 1 - self.decay
+    def new_weight(self, count: ArrayLike) -> ArrayLike:
+        """The weight of the new batch, per feature."""
+        return 1 - self.decay
 
 
-def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarray | None:
+def read_mask(mask: ArrayLike | None, x: Array, axes: tuple[int, ...]) -> Array | np.ndarray | None:
     """A mask of flax's as the core's `where`.
 
     A mask of x's rank is passed on. A mask of lower rank can mean two things: one value per
@@ -117,7 +116,7 @@ def read_mask(mask: ArrayLike | None, x: Array, axes: Axes) -> Array | np.ndarra
     lengths = iter(mask.shape)
     each = tuple(1 if axis in axes else next(lengths, 0) for axis in range(x.ndim))
     fits_last = fits(last, x.shape)
-    fits_each = mask.ndim == len(batch_axes(x, axes)) and fits(each, x.shape)
+    fits_each = mask.ndim == x.ndim - len(axes) and fits(each, x.shape)
     if fits_last and fits_each and last != each:
         raise ValueError(
             f"mask of shape {mask.shape} fits x of shape {x.shape} in two ways: one value per "

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from bn_jax.core.averages import Average, BatchNormState, Ema, advance
+from bn_jax.core.averages import Average, Ema
 from bn_jax.core.moments import Moments, merge
+from bn_jax.core.state import BatchNormState, advance
 from bn_jax.layers.linen import BatchNorm
 from bn_jax.train.step import Gradients, Labels, TrainState, cross_entropy
 

@@ -10,7 +10,7 @@ import pytest
 
 import bn_jax as bn
 from bn_jax.bench import oracle
-from bn_jax.core.averages import batches_seen
+from bn_jax.core.state import batches_seen
 
 M, C = 8, 3
 RANDOM = np.random.default_rng(0)

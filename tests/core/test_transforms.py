@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -359,6 +360,36 @@ def checkpoint(case):
     run = jax.checkpoint(lambda x, params: case.apply(x, params, state, where)[0])
     gradients = jax.jit(jax.grad(lambda *at: curved(run(*at)), (0, 1)))(x, params)
     assert_same(gradients, case.gradients, case.slack)
+
+
+@transform
+def checkpoint_with_jax_remat3(case):
+    """JAX's coming default; JAX_REMAT3=1 runs all of this file under it."""
+    if not hasattr(jax.config, "jax_remat3"):
+        pytest.skip("this JAX has no such flag")
+    before = jax.config.jax_remat3
+    try:
+        jax.config.update("jax_remat3", True)
+        checkpoint(case)
+    finally:
+        jax.config.update("jax_remat3", before)
+
+
+@transform
+def jet_of_second_order(case):
+    """Along a line, the second term is the derivative of the first."""
+    if case.dtype != jnp.float32 or case.options.get("axis_name"):
+        pytest.skip("JAX's jet knows neither complex nor mixed dtypes")
+    x, params, state, where = case.given()
+    along = tangent_of(x)
+    run = lambda x: case.apply(x, params, state, where)[0]  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):
+        y, (first, second) = jet.jet(run, (x,), ((along, jnp.zeros_like(x)),))
+    push = lambda x: jax.jvp(run, (x,), (along,))[1]  # noqa: E731
+    wanted, (once, twice) = run(x), jax.jvp(push, (x,), (along,))
+    assert_same((y, first), (wanted, once), case.slack)
+    size = max(float(jnp.abs(twice).max()), 1)
+    assert_same(second / size, twice / size, 10 * case.slack)
 
 
 # Loops and branches.

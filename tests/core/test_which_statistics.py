@@ -7,6 +7,7 @@ normalized, and of how many rows each state remembers the statistics.
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -107,3 +108,14 @@ def test_jax_refuses_a_state_of_one_device_as_replicated(kind):
         )
         with pytest.raises(ValueError, match="replicat"):
             jax.jit(run)(jax.device_put(X, NamedSharding(mesh, P("d"))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_inference_is_in_operations_that_converters_know(dtype):
+    """ONNX and others have rules for JAX's own primitives alone."""
+    params, state = bn.init(3)
+    run = partial(bn.batch_norm, params=params, state=state, train=False)
+    text = str(jax.make_jaxpr(run)(jnp.ones((4, 3), dtype)))
+    assert "rsqrt" in text
+    for ours in ("polynomial", "inverse_std", "downcast", "rounded", "divide", "power_sums"):
+        assert ours not in text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.core.averages import LOADED
+from bn_jax.core.state import LOADED
 from bn_jax.interop.haiku import from_haiku, to_haiku
 from tests.interop.follow import (
     FEATURES,

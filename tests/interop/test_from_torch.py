@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.core.averages import LOADED
+from bn_jax.core.state import LOADED
 from bn_jax.interop.torch import average_of, from_torch, to_torch
 from tests.interop.follow import FEATURES, assert_same, batches, follow, targets, vectors
 

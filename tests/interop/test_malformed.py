@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.core import averages
+from bn_jax.core import state as core_state
 from bn_jax.interop.checks import CheckpointError, read_statistic, some
 from bn_jax.interop.counts import read_count, read_one_count
 from bn_jax.interop.equinox import from_equinox
@@ -215,7 +215,7 @@ def test_a_count_of_zero_beside_statistics_is_no_count(momentum):
     bare = {"running_mean": LOADED["mean"], "running_var": LOADED["var"]}
     for found in (bare, bare | {"num_batches_tracked": np.array(0)}):
         _, state, _ = from_torch(found, momentum=momentum)
-        assert state.count.tolist() == [averages.LOADED] * 3
+        assert state.count.tolist() == [core_state.LOADED] * 3
         assert from_torch(bare, momentum=momentum, count=7)[1].count.tolist() == [7] * 3
     new = {"running_mean": np.zeros(3), "running_var": np.ones(3), "num_batches_tracked": 0}
     assert from_torch(new)[1].count.tolist() == [0] * 3
@@ -223,7 +223,7 @@ def test_a_count_of_zero_beside_statistics_is_no_count(momentum):
 
 def test_of_counts_per_feature_each_is_looked_at():
     stats = {"mean": np.zeros(4), "var": np.array([1.0, 0, 4, 4]), "count": np.array([0, 0, 0, 3])}
-    assert from_flax({"batch_stats": stats})[1].count.tolist() == [0, 0, averages.LOADED, 3]
+    assert from_flax({"batch_stats": stats})[1].count.tolist() == [0, 0, core_state.LOADED, 3]
 
 
 def test_a_count_is_a_whole_number_up_to_int32():
