@@ -142,7 +142,6 @@ def add(seen: Seen, batch: Moments, estimator: str) -> Seen:
         left = degrees_of_freedom(batch.count, batch.squares)
         weight = (left > 0).astype(var.dtype)
         var = share(batch.count, left) * var
-        batch = batch._replace(squares=None)
     good = (weight > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
     means = batch._replace(var=jnp.zeros_like(var), count=weight)
     variances = Moments(var, jnp.zeros_like(var), weight)

@@ -126,6 +126,14 @@ def test_nothing_wrong(seed):
     assert report.verdict.startswith("Nothing wrong")
 
 
+def test_one_layer_alone_does_not_make_an_inverted_momentum():
+    """The first layers of a young network move as fast as their batches differ."""
+    states = running(HEALTHY, 0.01) | {"second": running(HEALTHY)["second"]}
+    report = explain(states, moments(HEALTHY), batch_size=SIZE)
+    assert report.rows["first"].ratio > 0.2
+    assert report.findings == (), str(report)
+
+
 def test_the_numbers():
     """Of two states that differ by hand: J, by its definition."""
     data = moments(HEALTHY)
