@@ -13,6 +13,7 @@ from bn_jax.core.moments import Moments, measure, merge, pool
 from bn_jax.core.normalize import BatchNormParams, as_affine, normalize
 from bn_jax.core.pool_states import pool_states
 from bn_jax.core.population import population
+from bn_jax.core.renorm import batch_renorm
 from bn_jax.core.standardize import standardize
 from bn_jax.core.state import BatchNormState, advance
 from bn_jax.core.xla.barriers import save_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "advance",
     "as_affine",
     "batch_norm",
+    "batch_renorm",
     "fold_conv",
     "fold_conv_transpose",
     "fold_dense",

@@ -29,7 +29,7 @@ ROWS = 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """One way to call `batch_norm`.
+    """One way to call `batch_norm`, or another normalizer.
 
     `apply` takes all that is data; differentiation goes through `real`, in which complex numbers
     are pairs of real ones.
@@ -42,6 +42,7 @@ class Case:
     dtype: Any = jnp.float32
     affine: bool = True
     train: bool = True
+    normalizer: Callable[..., Any] = bn.batch_norm
 
     def given(self, seed=0):
         """X, params, state and where."""
@@ -64,7 +65,7 @@ class Case:
     def apply(self, x, params, state, where=None, **options):
         """Y and the new state."""
         options = {"train": self.train, "where": where} | self.options | options
-        return bn.batch_norm(x, params, state, **options)
+        return self.normalizer(x, params, state, **options)
 
     @functools.cached_property
     def run(self):
@@ -134,6 +135,9 @@ def weigh(random):
     return random.uniform(0, 3, (ROWS, 3)).astype(np.float32)
 
 
+# Clipped for some features, schedules of the count among the limits.
+RAMP = {"r_max": 1.2, "d_max": lambda count: 0.5 + 0.1 * jnp.minimum(count, 3).astype(jnp.float32)}
+
 CASES = {
     "plain": Case((ROWS, 3)),
     "mask": Case((ROWS, 3), where=some),
@@ -145,6 +149,7 @@ CASES = {
     "bfloat16": Case((ROWS, 3), dtype=jnp.bfloat16),
     "complex64": Case((ROWS, 3), dtype=jnp.complex64),
     "ghost": Case((ROWS, 4, 3), {"group_size": 2}),
+    "renorm": Case((ROWS, 3), RAMP, where=some, normalizer=bn.batch_renorm),
 }
 TRANSFORMS = {}
 

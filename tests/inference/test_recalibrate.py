@@ -111,6 +111,16 @@ def test_the_statistics_of_the_data_whatever_the_split(kind, estimator):
             np.testing.assert_allclose(var, true_var, rtol=rounding)
 
 
+@pytest.mark.parametrize("kind", [*LINEN, *NNX])
+def test_a_mean_that_is_large_against_the_spread(kind):
+    """fvcore's E[x²] - E[x]² in float32 gives 48 for this variance of 1."""
+    batches = draw(SIZES, mean=1e4)
+    mean, var = recalibrated(kind, batches, "pooled")[0]
+    true_mean, true_var = statistics([np.float64(x) for x in batches], "pooled")
+    np.testing.assert_allclose(mean, true_mean, rtol=1e-7)
+    np.testing.assert_allclose(var, true_var, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", LINEN)
 def test_all_else_stays_in_linen(kind):
     """Parameters, other collections, frozen layers, and the kinds of mappings."""

@@ -1,0 +1,174 @@
+"""Batch Renormalization: train by the batch, see what inference sees (Ioffe 2017).
+
+Batch norm trains by μ_B and σ_B, and infers by the running μ and σ. With small batches, or with
+batches of few classes, the two differ, and the network at inference is not the one that was
+trained. Batch Renorm corrects the batch's statistics by numbers that are constants to the
+derivative,
+
+    y = γ(x̂·r + d) + β,   x̂ = (x - μ_B)/σ_B,   r = σ_B/σ,   d = (μ_B - μ)/σ,
+
+so that y = γ(x - μ)/σ + β, as at inference, while the derivative still flows through μ_B and σ_B.
+r and d are clipped, and training begins with no correction at all. This is `standardize` with
+other parameters: γr and β + γd.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Inexact, Shaped
+
+from bn_jax.core.averages import Average, DebiasedEma
+from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.checks import as_floats, check_kind, check_train, is_concrete
+from bn_jax.core.moments import Moments, degrees_of_freedom, rest_of
+from bn_jax.core.normalize import BatchNormParams
+from bn_jax.core.replicas import AxisIndexGroups, AxisName
+from bn_jax.core.standardize import standardize
+from bn_jax.core.state import BatchNormState, advance, batches_seen, read_state
+
+Limit = ArrayLike | Callable[[Array], ArrayLike]
+"""A number, or a schedule: count of batches -> number."""
+
+
+def batch_renorm(
+    x: Shaped[Array | np.ndarray, "..."],
+    params: BatchNormParams,
+    state: BatchNormState,
+    *,
+    train: bool | np.bool_ | Array,
+    r_max: Any,
+    d_max: Any,
+    average: Average = DebiasedEma(0.99),
+    epsilon: ArrayLike = 1e-5,
+    feature_axis: SupportsIndex | Sequence[SupportsIndex] = -1,
+    where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+) -> tuple[Inexact[Array, "..."], BatchNormState]:
+    """Batch norm whose training is corrected towards the running statistics.
+
+    Training (Ioffe 2017, Algorithm 1), with σ_B = √(σ_B² + ε) of this batch and μ, σ of the state:
+    y = γ(x̂·r + d) + β,  r = clip(σ_B/σ, 1/r_max, r_max),  d = clip((μ_B - μ)/σ, -d_max, d_max).
+    No gradient flows through r and d. μ and σ then move towards μ_B and σ_B: it is σ that is
+    averaged, not its square, and nothing is corrected by m/(m - 1). Inference is that of
+    `batch_norm`.
+
+    With r_max = 1 and d_max = 0, y is that of `batch_norm`, bit for bit. The paper trains so for
+    5,000 steps, then raises r_max to 3 over 35,000 steps and d_max to 5 over 20,000; with optax,
+    linear_schedule(1, 3, 35_000, transition_begin=5_000). A feature whose state has seen no batch
+    is not corrected either, nor one whose σ or σ_B is 0.
+
+    Args:
+        x: as in `batch_norm`.
+        params: as in `batch_norm`.
+        state: as in `batch_norm`.
+        train: correct the batch's statistics (True) or normalize by the state (False).
+        r_max: at least 1. A number, may be traced; or a schedule, count of batches -> number.
+        d_max: at least 0, likewise; in standard deviations. Of complex data, it limits |d|.
+        average: as in `batch_norm`, and all that follow.
+        epsilon: in units of variance.
+        feature_axis: the axes that are kept.
+        where: which values count. A feature that is left with one value is not remembered.
+        axis_name: pool over this named axis.
+        axis_index_groups: pool within groups of that axis.
+
+    Returns:
+        (y, state), as `batch_norm`. The state's var is σ² - ε, so that all that takes the state of
+        batch norm takes this.
+
+    Raises:
+        TypeError: as `batch_norm`.
+        ValueError: as `batch_norm`; r_max is below 1 or d_max below 0.
+        NameError: axis_name is not bound here.
+
+    >>> import jax, bn_jax as bn
+    >>> params, state = bn.init(3)
+    >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
+    >>> _, state = batch_renorm(x, params, state, train=True, r_max=9, d_max=5)
+    >>> y, _ = batch_renorm(x[:2], params, state, train=True, r_max=9, d_max=5)
+    >>> expected, _ = bn.batch_norm(x[:2], params, state, train=False)
+    >>> bool(jnp.allclose(y, expected, atol=1e-5))   # where nothing was clipped
+    True
+    """
+    check_train(train)
+    options = {"epsilon": epsilon, "feature_axis": feature_axis, "where": where}
+    if not train:
+        return batch_norm(x, params, state, train=False, **options)
+    check_kind("state", state, BatchNormState)
+    check_kind("params", params, BatchNormParams)
+    options |= {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    # The compiler takes both calls' sums for one.
+    _, moments = standardize(x, BatchNormParams(None, None), **options)
+    moments, state = lax.stop_gradient((moments, read_state(state)))
+    left = degrees_of_freedom(moments.count, moments.squares)
+    count = jnp.where(left > 0, moments.count, jnp.zeros_like(left))
+    moments = moments._replace(count=count)  # one value says nothing about σ
+    limits = (limit(name, value, state) for name, value in (("r_max", r_max), ("d_max", d_max)))
+    r, d = correction(moments, state, jnp.asarray(epsilon, moments.var.dtype), *limits)
+    y, _ = standardize(x, corrected(params, r, d), **options)
+    return y, remember(state, moments, average, epsilon)
+
+
+def correction(
+    moments: Moments, state: BatchNormState, epsilon: Array, r_max: Array, d_max: Array
+) -> tuple[Array, Array]:
+    """R and d."""
+    batch, running = (
+        jnp.sqrt(part.var.astype(epsilon.dtype) + epsilon) for part in (moments, state)
+    )
+    known = (moments.count > 0) & (batches_seen(state) > 0) & (running > 0) & (batch > 0)
+    running = jnp.where(known, running, jnp.ones_like(running))
+    r = jnp.clip(batch / running, 1 / r_max, r_max)
+    moved = (moments.mean - state.mean.astype(moments.mean.dtype)) + rest_of(moments)
+    d = moved / running.astype(moved.dtype)
+    if jnp.iscomplexobj(d):
+        d = d * jnp.minimum(1, d_max / jnp.maximum(jnp.abs(d), d_max)).astype(d.dtype)
+    else:
+        d = jnp.clip(d, -d_max, d_max)
+    return jnp.where(known, r, jnp.ones_like(r)), jnp.where(known, d, jnp.zeros_like(d))
+
+
+def corrected(params: BatchNormParams, r: Array, d: Array) -> BatchNormParams:
+    """γr and β + γd."""
+    scale, bias = as_floats(*params)
+    if scale is None:
+        return BatchNormParams(r, d if bias is None else bias.astype(d.dtype) + d)
+    shift = scale.astype(d.dtype) * d
+    scale = scale.astype(jnp.result_type(d if jnp.iscomplexobj(scale) else r))
+    r = r.astype(scale.dtype)
+    return BatchNormParams(scale * r, shift if bias is None else bias.astype(d.dtype) + shift)
+
+
+def remember(
+    state: BatchNormState, moments: Moments, average: Average, epsilon: ArrayLike
+) -> BatchNormState:
+    """The state after one more batch, with σ averaged instead of σ²."""
+    seen = batches_seen(state)
+    wide = moments.var.dtype
+    epsilon = jnp.asarray(epsilon, wide)
+    running = jnp.sqrt(state.var.astype(wide) + epsilon)
+    # A new state stays one to `advance`, which knows it by its variance of 1.
+    running = jnp.where(seen > 0, running, jnp.ones_like(running))
+    batch = moments._replace(var=jnp.sqrt(moments.var + epsilon))
+    new = advance(BatchNormState(state.mean, running, seen), batch, average, unbiased=False)
+    var = jnp.maximum(new.var * new.var - epsilon, jnp.zeros_like(new.var))
+    new, old = (
+        new._replace(var=var),
+        state._replace(mean=state.mean.astype(new.mean.dtype), var=state.var.astype(var.dtype)),
+    )
+    moved = new.count > seen
+    return BatchNormState(*(jnp.where(moved, a, b) for a, b in zip(new, old, strict=True)))
+
+
+def limit(name: str, value: Limit, state: BatchNormState) -> Array:
+    """r_max or d_max, one or one per feature."""
+    least = {"r_max": 1, "d_max": 0}[name]
+    if callable(value):
+        value = jnp.vectorize(value)(batches_seen(state))
+    if is_concrete(value) and not (np.asarray(value) >= least).all():
+        raise ValueError(f"{name}={value} must be at least {least}; r_max=1, d_max=0 is batch norm")
+    return lax.stop_gradient(jnp.asarray(value, state.var.dtype))
