@@ -32,6 +32,16 @@ WRONG = {
         "lambda layer, v, x, _: layer.apply(v, jnp.nan_to_num(x), mutable=['batch_stats'])",
         "lambda params: jax.tree.map(lambda _: True, params)",
     ],
+    "03_moments_are_a_monoid": [
+        # The variance between the parts forgotten.
+        "lambda m, a: bn.Moments((m.count * m.mean - a.count * a.mean) / (m.count - a.count),"
+        " (m.count * m.var - a.count * a.var) / (m.count - a.count), m.count - a.count)",
+        # Every batch weighs the same, whatever its size.
+        "lambda m, a, d: bn.Moments(*(d * p + (1 - d) * q for p, q in zip(m[:3], a[:3])))",
+        # The mean, rounded to float32.
+        "lambda a, b, params, axis_name: tuple(bn.normalize(part, *bn.pool(bn.merge(bn.measure(a),"
+        " bn.measure(b)), axis_name)[:2], params) for part in (a, b))",
+    ],
 }
 
 
@@ -67,7 +77,8 @@ def test_lesson_runs(path):
 
 
 def test_lessons_are_numbered():
-    assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_"]
+    numbers = range(1, len(NOTEBOOKS) + 1)
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in numbers]
     assert {path.stem for path in NOTEBOOKS} == set(WRONG)
 
 
