@@ -13,6 +13,7 @@ from bn_jax.core.moments import Moments, measure, merge, pool
 from bn_jax.core.normalize import BatchNormParams, as_affine, normalize
 from bn_jax.core.pool_states import pool_states
 from bn_jax.core.population import population
+from bn_jax.core.recalibrate import recalibrate
 from bn_jax.core.renorm import batch_renorm
 from bn_jax.core.standardize import standardize
 from bn_jax.core.state import BatchNormState, advance
@@ -47,6 +48,7 @@ __all__ = [
     "pool",
     "pool_states",
     "population",
+    "recalibrate",
     "save_statistics",
     "standardize",
 ]

@@ -21,10 +21,11 @@ from bn_jax.core.checks import (
 )
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.layout import read_layout
+from bn_jax.core.moments import Moments
 from bn_jax.core.normalize import BatchNormParams, normalize
 from bn_jax.core.replicas import AxisIndexGroups, AxisName
 from bn_jax.core.standardize import standardize
-from bn_jax.core.state import BatchNormState, advance, read_state
+from bn_jax.core.state import BatchNormState, State, advance, read_state
 
 
 def init(
@@ -68,7 +69,7 @@ def init(
 def batch_norm(
     x: Shaped[Array | np.ndarray, "..."],
     params: BatchNormParams,
-    state: BatchNormState,
+    state: State,
     *,
     train: bool | np.bool_ | Array,
     average: Average = DebiasedEma(0.99),
@@ -79,7 +80,7 @@ def batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     group_size: int | np.integer | None = None,
-) -> tuple[Inexact[Array, "..."], BatchNormState]:
+) -> tuple[Inexact[Array, "..."], State]:
     """Normalize each feature by the batch and remember the batch, or by what was remembered.
 
     Training (Ioffe & Szegedy 2015, Algorithm 1): y = γ (x - μ)/√(σ² + ε) + β with the mean μ and
@@ -91,7 +92,8 @@ def batch_norm(
         x: float or complex, any shape; what is not a feature axis is batch, so a convolution's
             m is batch × locations (section 3.2).
         params: γ and β, or None for either.
-        state: the running statistics; in training, no gradient flows into the new one.
+        state: the running statistics; in training, no gradient flows into the new one. `Moments`
+            in their place are merged with the batch's (`advance`).
         train: normalize by the batch (True) or by the state (False). A Python bool: under jit,
             mark it static.
         average: how much of the past the state keeps, count -> weight: `DebiasedEma`, `Ema`,
@@ -143,7 +145,8 @@ def batch_norm(
     x = as_array(x)
     check_train(train)
     check_kind("params", params, BatchNormParams)
-    check_kind("state", state, BatchNormState)
+    if not isinstance(state, Moments):
+        check_kind("state", state, BatchNormState)
     layout = read_layout(x, feature_axis)
     params, given = BatchNormParams(*as_floats(*params)), read_state(state)
     check_features(layout.features, x, layout.axes, **params._asdict(), **given._asdict())
@@ -153,4 +156,4 @@ def batch_norm(
             return normalize(x, given.mean, given.var, params, **options), state
         pooling = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         y, moments = standardize(x, params, **options, **pooling, group_size=group_size)
-        return y, advance(given, moments, average, unbiased=unbiased)
+        return y, advance(state, moments, average, unbiased=unbiased)

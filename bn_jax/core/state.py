@@ -1,7 +1,7 @@
 """What is remembered: the running statistics, and the step by which a batch moves them."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from bn_jax.core.checks import as_floats, check_average, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.exported import exported
 from bn_jax.core.layout import shard_like
-from bn_jax.core.moments import Moments, degrees_of_freedom
+from bn_jax.core.moments import Moments, degrees_of_freedom, merge
 from bn_jax.core.sums import share
 
 LOADED = 1000
@@ -46,9 +46,10 @@ class BatchNormState(NamedTuple):
     count: Num[Array, "*features"]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def advance(
-    state: BatchNormState, moments: Moments, average: Average, *, unbiased: bool = True
-) -> BatchNormState:
+State = TypeVar("State", BatchNormState, Moments)
+
+
+def advance(state: State, moments: Moments, average: Average, *, unbiased: bool = True) -> State:
     """The state after one more batch, whose moments are given.
 
     running ← k·running + (1 - k)·batch, with k = average(count) and, if unbiased, the batch's
@@ -61,8 +62,11 @@ def advance(
     Loaded statistics are not lost: where the count is 0, but mean and var are not those of a new
     state (0 and 1, or zeros), they stand for 1000 batches (`batches_seen`).
 
+    Moments in the place of the state forget nothing: the batch's are merged into them, whatever the
+    average. So a network that is called with moments of nothing says what its layers have seen.
+
     Args:
-        state: the running statistics.
+        state: the running statistics, or moments.
         moments: of the batch, of the same shape.
         average: a scalar count -> weight kept of the past.
         unbiased: correct the batch's variance by m/(m - 1), where m is the count of moments; of
@@ -85,9 +89,13 @@ def advance(
     >>> state.mean.tolist(), state.var.tolist(), state.count.tolist()
     ([2.0], [2.0], [1])
     """
-    check_kind("state", state, BatchNormState)
-    check_kind("moments", moments, Moments)
-    state, moments = read_state(state), Moments(*as_floats(*moments))
+    if not isinstance(state, Moments) or not isinstance(moments, Moments):
+        check_kind("state", state, BatchNormState)
+        check_kind("moments", moments, Moments)
+    moments = Moments(*as_floats(*moments))
+    if isinstance(state, Moments):
+        return merge(Moments(*as_floats(*state)), lax.stop_gradient(moments))
+    state = read_state(state)
     if state.mean.shape != moments.mean.shape:
         raise ValueError(
             f"state is of {state.mean.shape} features and moments of {moments.mean.shape}; "
@@ -128,7 +136,7 @@ def mix(past: Array, batch: Array, new: Array) -> Array:
     return lax.select(heavy, batch, past) + step
 
 
-def read_state(state: BatchNormState) -> BatchNormState:
+def read_state(state: BatchNormState | Moments) -> BatchNormState:
     """The state in JAX arrays, also where it holds lists or numbers."""
     mean, var = as_floats(state.mean, state.var)
     return BatchNormState(mean, var, jnp.asarray(state.count))

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import check_estimator, conclude, include
-from bn_jax.inference.recording import check_known, nothing, observe, replace, zeros
+from bn_jax.core.recalibrate import nothing, zeros
+from bn_jax.inference.recording import check_known, observe, replace
 
 NAME = "moments"
 Variables = TypeVar("Variables", bound=Mapping[str, Any])

@@ -10,7 +10,8 @@ from flax import nnx
 
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import check_estimator, conclude, include
-from bn_jax.inference.recording import check_known, nothing, observe, replace, zeros
+from bn_jax.core.recalibrate import nothing, zeros
+from bn_jax.inference.recording import check_known, observe, replace
 from bn_jax.layers.graph_mode import graph_mode
 
 Path = tuple[Any, ...]

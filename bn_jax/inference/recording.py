@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -14,13 +13,6 @@ from bn_jax.core.layout import read_layout
 from bn_jax.core.moments import Moments, measure, merge, pool
 from bn_jax.core.state import BatchNormState
 from bn_jax.layers.translate import read_mask
-
-
-def nothing(mean: Array, var: Array) -> Moments:
-    """The moments of no values, for a layer's statistics; no field is None, so merging keeps it."""
-    mean, var = (jnp.zeros_like(part, statistics_dtype(part.dtype)) for part in (mean, var))
-    like_mean = {"mean", "rest"}
-    return Moments(*(mean if name in like_mean else var for name in Moments._fields))
 
 
 def observe(seen: Moments, layer: Any, x: ArrayLike, mask: ArrayLike | None = None) -> Moments:
@@ -39,14 +31,6 @@ def replace(old: Array, new: Array, state: BatchNormState) -> Array:
     """The new values of a layer's variable where the population is known, else the old ones."""
     dtype = statistics_dtype(old.dtype) if jnp.issubdtype(old.dtype, jnp.inexact) else old.dtype
     return jnp.where(state.count > 0, new.astype(dtype), old.astype(dtype))
-
-
-def zeros(shapes: Any) -> Any:
-    """What is seen before the first batch, in the shapes of what is seen after it.
-
-    So all batches go through one compiled program, where the first alone would need another.
-    """
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def check_known(states: dict[Any, BatchNormState]) -> None:
