@@ -1,4 +1,4 @@
-"""The command line: `bn-jax train`, `evaluate` and `bench`, also as `python -m bn_jax`.
+"""The command line: `bn-jax train`, `sweep`, `evaluate` and `bench`, also as `python -m bn_jax`.
 
 A command is a function; its arguments, types and docstring are its flags and its help. It imports
 what takes long itself, under a line that says so, so that help and mistakes answer at once.
@@ -74,6 +74,46 @@ def train(  # noqa: D417
         fixed = {name for group in groups for name in vars(group)} - {"data_dir", "device"}
         unused = dict.fromkeys(fixed, f"--resume; {resume} has its own settings")
     hints.check_used(unused, sys.argv[2:])
+    start(config, launch, resume)
+
+
+def sweep(  # noqa: D417
+    data: DataSettings,
+    model: ModelSettings,
+    normalization: NormalizationSettings,
+    optimizer: OptimizerSettings,
+    run: RunSettings,
+    launch: Launch = ALONE,
+    over: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME=NUMBER,...", help_behavior_hint="(required)"),
+    ] = (),
+) -> None:
+    """Train with all combinations of some numbers, in one compiled program.
+
+    - Numbers are learning-rate, init-std, decay, epsilon and weight-decay, as in:
+      bn-jax sweep --over learning-rate=0.05,0.15,0.5 --seeds 5 --steps 5000
+    - Shows progress, then a table of accuracies.
+    - Leaves sweep.csv, sweep.jsonl, curves.png, metrics.jsonl, summary.json,
+      config.json and checkpoints in the run's folder.
+    - After Ctrl-C, SIGTERM or a crash, bn-jax train --resume goes on.
+
+    Args:
+        over: Which numbers, and their values; all combinations are trained.
+    """
+    groups = (data, model, normalization, optimizer, run)
+    fields = {name: value for group in groups for name, value in vars(group).items()}
+    if not over:
+        raise ValueError("--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5")
+    config = TrainConfig(**fields, over=over)
+    twice = dict.fromkeys(config.axes, "--over; its values come from there")
+    hints.check_used(config.unused | twice, sys.argv[2:])
+    hints.check_used(config.unused, [f"--{axis}" for axis in config.axes])
+    start(config, launch, None)
+
+
+def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
+    """Run what `train` and `sweep` were asked for, in one process or as one of several."""
     launch = launch.with_environment(os.environ)
     quiet_orbax()
     with stdout.status("loading JAX"):
@@ -84,8 +124,8 @@ def train(  # noqa: D417
 
         if resume is not None:
             kept = RunFolder(resume).read_config()
-            places = {"data_dir": data.data_dir or kept.data_dir, "run_dir": resume}
-            device = kept.device if run.device == "auto" else run.device
+            places = {"data_dir": config.data_dir or kept.data_dir, "run_dir": resume}
+            device = kept.device if config.device == "auto" else config.device
             config = dataclasses.replace(kept, **places, device=device)
         if launch.is_alone:
             split_cpu(config.devices)
@@ -177,7 +217,7 @@ def bench(
         raise SystemExit(1)
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench}
+COMMANDS = {"train": train, "sweep": sweep, "evaluate": evaluate, "bench": bench}
 
 
 def show_help() -> None:

@@ -69,9 +69,11 @@ def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         "adam": optax.scale_by_adam,
     }[config.optimizer]()
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
+    # A traced decay may be anything.
+    none = isinstance(config.weight_decay, int | float) and not config.weight_decay
     return optax.chain(
         direction,
-        decay if config.weight_decay else optax.identity(),
+        optax.identity() if none else decay,
         optax.scale_by_learning_rate(schedule),
     )
 

@@ -1,9 +1,12 @@
 """Everything that a training run can choose, with the paper's experiment as the default."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,8 @@ from bn_jax.train.settings import (
 )
 
 Arm = Literal["batch", "none"]
+SWEPT = ("learning_rate", "init_std", "decay", "epsilon", "weight_decay")
+"""Numbers that may differ between runs of one compiled program, beside the seed."""
 
 USED_BY = {
     "hidden": ("mlp",),
@@ -40,11 +45,16 @@ class TrainConfig(
     threshold or stochastic): they come near its Figure 1(a) in the steps to 0.95, where the paper
     has less than 4,000 with batch norm and 14,600 without, and these about 4,500 and 15,000.
 
-    `settings` describes the fields.
+    `settings` describes the fields, but for one.
+
+    Attributes:
+        over: numbers to train with several values of, as in ("learning-rate=0.1,0.3",).
 
     Raises:
         ValueError: a value is out of range, with the field's name and what it may be.
     """
+
+    over: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
@@ -82,6 +92,7 @@ class TrainConfig(
         fits = self.batch_size > 1 or self.norm == "none" or self.model == "tower"
         self.demand("batch_size", fits, "at least 2 with batch norm: one example has no variance")
         self.check_parts()
+        self.check_axes()
 
     def check_parts(self) -> None:
         """Refuse parts of a batch that are unequal, or too small for statistics."""
@@ -110,11 +121,64 @@ class TrainConfig(
             rule = f"a multiple of --devices {devices}{by}, e.g. {' or '.join(map(str, near))}"
             self.demand("batch_size", not batch % share, rule)
 
+    def check_axes(self) -> None:
+        """Refuse axes of a grid that are none, and values that none of its runs could have."""
+        rule = f"NAME=NUMBER,NUMBER,… with NAME one of {', '.join(map(dashed, SWEPT))}"
+        fits = isinstance(self.over, tuple) and all(isinstance(axis, str) for axis in self.over)
+        self.demand("over", fits, rule)
+        names = [axis.partition("=")[0].replace("-", "_") for axis in self.over]
+        fits = len({*names}) == len(names) and {*names} <= {*SWEPT}
+        try:
+            axes = self.axes.values() if fits else ()
+        except ValueError:
+            fits, axes = False, ()
+        self.demand("over", fits and all(len({*axis}) == len(axis) for axis in axes), rule)
+        for cell in self.cells if self.over else ():
+            dataclasses.replace(cell)  # which checks it
+
+    @property
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The numbers that are swept, and their values."""
+        pairs = (axis.partition("=") for axis in self.over)
+        return {
+            name.replace("-", "_"): tuple(map(float, values.split(",")))
+            for name, _, values in pairs
+        }
+
+    @property
+    def grid(self) -> list[dict[str, float]]:
+        """All combinations of the values that are swept; a single empty one without any."""
+        axes = self.axes
+        return [
+            dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+        ]
+
+    @property
+    def cells(self) -> list["TrainConfig"]:
+        """Every single run: all combinations of the swept values, each with all seeds."""
+        one = {"over": (), "seeds": 1}
+        return [
+            self.with_values(one | values | {"seed": seed})
+            for values in self.grid
+            for seed in self.all_seeds
+        ]
+
+    @property
+    def names(self) -> list[tuple[int, int]]:
+        """What `cells` are called: the number of the combination of values, and the seed."""
+        return [(i // self.seeds, cell.seed) for i, cell in enumerate(self.cells)]
+
+    def with_values(self, values: Mapping[str, Any]) -> "TrainConfig":
+        """The same with other values, which may be traced and are not checked."""
+        other = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(other, name, value)
+        return other
+
     def demand(self, name: str, satisfied: bool, rule: str) -> None:
         """Raise a ValueError that names the field, its value and the rule, unless satisfied."""
         if not satisfied:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(self, name)!r}: must be {rule}")
+            raise ValueError(f"--{dashed(name)} {getattr(self, name)!r}: must be {rule}")
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -173,9 +237,15 @@ class TrainConfig(
         for name in ("data_dir", "run_dir"):
             if isinstance(fields.get(name), str):
                 fields[name] = Path(fields[name])
-        if isinstance(fields.get("hidden"), list):
-            fields["hidden"] = tuple(fields["hidden"])
+        for name in ("hidden", "over"):
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
         return cls(**fields)
+
+
+def dashed(name: str) -> str:
+    """A field's name as its flag has it."""
+    return name.replace("_", "-")
 
 
 def is_count(value: object, least: int) -> bool:

@@ -76,12 +76,9 @@ def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
         steps = [cell(n, half["steps_to"].get(level)) for level, n in row["steps_to"].items()]
         rate = row["examples_per_second"]
         speed = f"{rate / config.batch_size:,.0f}" if rate else "–"
-        accuracy = cell(row["final_test_accuracy"], half["final_test_accuracy"], ".4f")
-        lost = sum(seed["diverged"] for seed in row.get("seeds", {}).values())
-        if row["diverged"]:
-            accuracy = "diverged"
-        elif lost:
-            accuracy += f"\n{lost} of {config.seeds} diverged"
+        lost = sum(seed["diverged"] for seed in row.get("seeds", {"": row}).values())
+        final = row["final_test_accuracy"], half["final_test_accuracy"]
+        accuracy = accuracy_cell(*final, lost, config)
         bad = [f"{row['bad_steps']:,}"] if any_bad else []
         table.add_row(TITLES[arm], accuracy, *bad, *steps, speed)
     ratios = summary.get("steps_without_over_with")
@@ -96,6 +93,13 @@ def cell(mean: float | None, half: float | None, form: str = ",.0f") -> str:
     if mean is None:
         return "–"
     return f"{mean:{form}}" + (f"\n± {half:{form}}" if half is not None else "")
+
+
+def accuracy_cell(mean: float, half: float | None, diverged: int, config: TrainConfig) -> str:
+    """An accuracy of the table; of seeds that diverged it says how many did."""
+    if diverged == config.seeds:
+        return "diverged"
+    return cell(mean, half, ".4f") + f"\n{diverged} of {config.seeds} diverged" * bool(diverged)
 
 
 def draw(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
@@ -139,6 +143,11 @@ def plot_curves(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -
         f"batches of {config.batch_size}"
         + (f"; mean of {config.seeds} seeds, 95% interval" if config.seeds > 1 else "")
     )
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the content of a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 import bn_jax
 from bn_jax.data import Dataset, load
-from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
@@ -30,6 +30,7 @@ from bn_jax.train.run_folder import RunFolder, metrics_line
 from bn_jax.train.step import TrainState, accuracy
 from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import estimate, summarize
+from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
 from bn_jax.train.witness import remains
 
 NO_LOSS = "  –   "  # as wide as one
@@ -94,7 +95,7 @@ def run_experiment(
         for e in evaluations
         if e.diverged
     ]
-    if diverged:
+    if diverged and not config.over:  # to find out where is what a grid is for
         raise Diverged(
             f"diverged: {' and '.join(diverged)}, after {config.max_bad_steps} steps in a row "
             "whose loss or gradients were not finite; the parameters from before these are kept. "
@@ -111,13 +112,22 @@ def run_and_write(
     where = f"[bold]{escape(str(folder.path))}[/bold]"
     console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
     arms = run_arms(config, data, folder, console)
-    summary = summarize(arms) | {"config": json.loads(config.to_json()), "versions": versions()}
-    folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
-    folder.write("curves.png", plot_curves(arms, config))
-    console.print(comparison_table(summary, config))
+    about = {"config": json.loads(config.to_json()), "versions": versions()}
+    if config.over:
+        rows = grid_rows(arms, config)
+        folder.write("sweep.csv", to_csv(rows))
+        folder.write("sweep.jsonl", to_json_lines(rows))
+        summary, table, picture = {"rows": rows}, grid_table(rows, config), plot_grid(rows, config)
+    else:
+        summary = summarize(arms)
+        table, picture = comparison_table(summary, config), plot_curves(arms, config)
+    folder.write("summary.json", json.dumps(summary | about, indent=2) + "\n")
+    folder.write("curves.png", picture)
+    console.print(table)
     console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
-    again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
-    console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
+    if not config.over:
+        again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
+        console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
     return arms
 
 
@@ -134,29 +144,29 @@ def run_arms(
             bars.start_task(tasks[arm])
             resumed = load_progress(config, arm, data, folder)
             # What came after the checkpoint comes again, to the bit.
-            until = (
-                dict(zip(config.all_seeds, resumed.reported_until, strict=True)) if resumed else {}
-            )
-            arms[arm] = [e for e in before.get(arm, []) if e.step <= until.get(e.seed, -1)]
-            if until != {e.seed: e.step for e in arms[arm]}:
+            last = resumed.reported_until if resumed else []
+            until = dict(zip(config.names, last, strict=bool(resumed)))
+            arms[arm] = [e for e in before.get(arm, []) if e.step <= until.get(e.name, -1)]
+            if until != {e.name: e.step for e in arms[arm]}:
                 raise ValueError(f"{folder.path}: metrics.jsonl lacks what its checkpoints follow")
             if before:
-                folder.write_metrics(before | arms)
+                folder.write_metrics(before | arms, config)
 
             def watch(activity: Activity, step: int, task: Any = tasks[arm]) -> None:
                 bars.update(task, completed=step, activity=(activity, time.monotonic()))
 
             def show(evaluations: list[Evaluation], task: Any = tasks[arm]) -> None:
                 loss, accuracy = (
-                    statistics.fmean(getattr(e, name) for e in evaluations)
+                    statistics.median(getattr(e, name) for e in evaluations)
                     for name in ("train_loss", "test_accuracy")
                 )
                 # Before the first step there is no loss.
-                loss = f"{loss:.4f}" if evaluations[0].step else NO_LOSS
+                shown = f"{loss:.4f}" if loss < 100 else f"{loss:.0e} "
+                loss = shown if evaluations[0].step else NO_LOSS
                 bars.update(task, loss=loss, accuracy=f"{accuracy:.4f}")
 
             if arms[arm]:
-                show(arms[arm][-config.seeds :])
+                show(arms[arm][-len(config.cells) :])
             for evaluations in run_arm(config, arm, data, folder, watch, resumed, status):
                 arms[arm] += evaluations
                 show(evaluations)
@@ -174,12 +184,12 @@ def run_arm(
     status: Callable[[], int],
 ) -> Iterator[list[Evaluation]]:
     """Train one arm, writing metrics, a line per seed, and checkpoints as they fall due."""
-    model, optimizer = build_model(config, arm), build_optimizer(config)
-    saved = resumed.step if resumed else -1
+    saved, grid = resumed.step if resumed else -1, config.grid
     with Checkpoints(folder.checkpoints(arm), arm_settings(config, arm), saved) as checkpoints:
-        for progress, evaluations in train(config, model, optimizer, data, watch, resumed):
+        for progress, evaluations in train(config, arm, data, watch, resumed):
             if evaluations:
-                folder.append("metrics.jsonl", "".join(metrics_line(arm, e) for e in evaluations))
+                lines = [metrics_line(arm, e, grid[e.cell]) for e in evaluations]
+                folder.append("metrics.jsonl", "".join(lines))
                 yield evaluations
             stop = status()
             diverged = progress.diverged(config.max_bad_steps).all()
@@ -205,8 +215,7 @@ def load_progress(
     config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder
 ) -> Progress | None:
     """How far an arm has come, by its newest sound checkpoint; None without one."""
-    model, optimizer = build_model(config, arm), build_optimizer(config)
-    like = jax.eval_shape(lambda: begin_run(config, model, optimizer, data.test_images[:2]))
+    like = jax.eval_shape(lambda: begin_run(config, arm, data.test_images[:2]))
     return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm))
 
 
@@ -229,6 +238,8 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
+    if config.over:
+        raise ValueError(f"{folder.path} holds a grid of runs; sweep.csv has their scores")
     nothing = CheckpointError(f"{folder.path} holds no sound checkpoint; train again")
     if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
         raise nothing

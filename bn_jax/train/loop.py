@@ -5,19 +5,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from jaxtyping import Bool
 
 from bn_jax.data import Dataset
 from bn_jax.train.batches import batch_indices
-from bn_jax.train.build import build_average
+from bn_jax.train.build import build_average, build_model, build_optimizer
 from bn_jax.train.chunks import next_call, steps_per_call
-from bn_jax.train.config import TrainConfig
+from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.micro_batches import accumulate
 from bn_jax.train.placement import ONE_DEVICE, Placement, make_placement
 from bn_jax.train.progress import Progress, Take, begin, careful, is_finite, trusting
@@ -25,6 +23,7 @@ from bn_jax.train.step import (
     Gradients,
     Images,
     Labels,
+    TrainState,
     TrainStep,
     count_right,
     in_chunks,
@@ -50,6 +49,7 @@ class Evaluation(NamedTuple):
         bad_steps: steps since then that were undone, as they were not finite.
         diverged: whether too many of them came in a row, so that training has ended.
         seed: of the run.
+        cell: of a grid, the number of its combination of values.
     """
 
     step: int
@@ -59,6 +59,12 @@ class Evaluation(NamedTuple):
     bad_steps: int = 0
     diverged: bool = False
     seed: int = 0
+    cell: int = 0
+
+    @property
+    def name(self) -> tuple[int, int]:
+        """Of which run it is, as in `TrainConfig.names`."""
+        return self.cell, self.seed
 
 
 @functools.partial(
@@ -108,18 +114,35 @@ def run_chunk(
     return progress, finite.all()
 
 
-def begin_run(
-    config: TrainConfig, model: nn.Module, optimizer: optax.GradientTransformation, images: Images
-) -> Progress:
-    """The progress of all seeds before the first step; images give the shape only."""
-    seeds = [begin(init_state(model, optimizer, images, seed)) for seed in config.all_seeds]
-    return seeds[0] if len(seeds) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+def begin_run(config: TrainConfig, arm: Arm, images: Images) -> Progress:
+    """All runs of a configuration before the first step; images give the shape only."""
+
+    def begin_cell(cell: TrainConfig) -> Progress:
+        values = {name: jnp.float32(getattr(cell, name)) for name in config.axes}
+        mine = cell.with_values(values)
+        state = init_state(build_model(mine, arm), build_optimizer(mine), images, cell.seed)
+        return begin(state._replace(values=values))
+
+    cells = [begin_cell(cell) for cell in config.cells]
+    return cells[0] if len(cells) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
+
+
+def make_step(config: TrainConfig, arm: Arm, placement: Placement = ONE_DEVICE) -> TrainStep:
+    """A training step, by the numbers that the state brings in place of the configuration's."""
+
+    def train_step(state: TrainState, images: Images, labels: Labels) -> tuple[TrainState, Array]:
+        mine = config.with_values(state.values)
+        model, optimizer = build_model(mine, arm), build_optimizer(mine)
+        gradients = build_gradients(mine, placement)
+        step = make_train_step(model, optimizer, config.binarization, gradients)
+        return step(state, images, labels)
+
+    return train_step
 
 
 def train(
     config: TrainConfig,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
+    arm: Arm,
     data: Dataset,
     watch: Watch = lambda *_: None,
     resumed: Progress | None = None,
@@ -127,12 +150,12 @@ def train(
     """Train, and yield after each compiled call, from time to time with an evaluation per seed.
 
     The first is at step 0, the last at the end: after the last step, or where all have diverged.
-    A seed that has diverged is evaluated once more, and then left out.
+    A seed that has diverged is evaluated once more, and then left out. Of a grid, each combination
+    of values has all seeds.
 
     Args:
         config: of the run.
-        model: its network.
-        optimizer: its optimizer.
+        arm: of it.
         data: to train and to test on.
         watch: is told what is done.
         resumed: to go on from; None starts.
@@ -152,11 +175,15 @@ def train(
         for images, labels in in_chunks(data.test_images, data.test_labels)
     ]
     first = data.train_images[: config.batch_size]
-    gradients = build_gradients(config, placement)
-    train_step = make_train_step(model, optimizer, config.binarization, gradients)
+    train_step = make_step(config, arm, placement)
     takes = {False: trusting, True: careful(config.max_bad_steps)}
-    right = functools.partial(count_right, model, config.binarization)
-    right = jax.jit(right if config.seeds == 1 else jax.vmap(right, in_axes=(0, None, None)))
+    names = config.names
+
+    def count(state: TrainState, images: Images, labels: Labels) -> Array:
+        model = build_model(config.with_values(state.values), arm)
+        return count_right(model, config.binarization, state, images, labels)
+
+    right = jax.jit(count if len(names) == 1 else jax.vmap(count, in_axes=(0, None, None)))
 
     def evaluate(progress: Progress, rate: float) -> list[Evaluation]:
         counts = sum(np.asarray(right(progress.state, *chunk)) for chunk in test)
@@ -164,12 +191,10 @@ def train(
             *(progress.state.step, progress.loss, progress.good, progress.bad),
             *(progress.diverged(config.max_bad_steps), counts / len(data.test_images)),
         )
-        rows = zip(
-            config.all_seeds, *(np.ravel(column).tolist() for column in columns), strict=True
-        )
+        rows = zip(names, *(np.ravel(column).tolist() for column in columns), strict=True)
         return [
-            Evaluation(step, loss / (good or float("nan")), score, rate, bad, diverged, seed)
-            for seed, step, loss, good, bad, diverged, score in rows
+            Evaluation(step, loss / (good or float("nan")), score, rate, bad, diverged, seed, cell)
+            for (cell, seed), step, loss, good, bad, diverged, score in rows
             if good or bad or not step
         ]
 
@@ -189,15 +214,15 @@ def train(
         after, finite = jax.block_until_ready(chunk(progress, images, labels))
         return after, bool(finite), time.perf_counter() - begun
 
-    new = begin_run(config, model, optimizer, first) if resumed is None else resumed
+    new = begin_run(config, arm, first) if resumed is None else resumed
     progress: Progress = placement.everywhere(new)
     if resumed is None:
         yield progress, evaluate(progress, 0.0)
-    plain = make_train_step(model, optimizer, config.binarization)
     one = progress.state
-    if config.seeds > 1:
+    if len(names) > 1:
         one = jax.tree.map(lambda leaf: leaf[0], one)
-    most = max(steps_per_call(plain, one, first) // config.seeds, 1)
+    plain = make_step(config.with_values({"micro_batches": 1}), arm)
+    most = max(steps_per_call(plain, one, first) // len(names), 1)
     taken, seconds = 0, 0.0
     while step < config.steps and not progress.diverged(config.max_bad_steps).all():
         size = next_call(step, config.steps, config.evaluate_every, most)

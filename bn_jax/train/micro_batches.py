@@ -94,7 +94,8 @@ def read_moments(batch_stats: Any, outputs: Any) -> Any:
 def no_moments(layer: Mapping[str, Array]) -> Moments:
     """The moments of nothing, in the shapes of a layer."""
     nothing = jnp.zeros_like(layer["var"])
-    return Moments(jnp.zeros_like(layer["mean"]), nothing, nothing)
+    mean = jnp.zeros_like(layer["mean"])
+    return Moments(mean, nothing, nothing, rest=mean)
 
 
 def advance_layer(

@@ -133,17 +133,20 @@ class RunFolder:
         """The evaluations so far, in every process; without a last line that was not finished."""
         path, arms = self.path / "metrics.jsonl", dict[Arm, list[Evaluation]]()
         for line in by_first(lambda: path.read_bytes() if path.exists() else b"").splitlines():
-            with suppress(ValueError, RecursionError):
-                record: dict[str, Any] = json.loads(line)
-                numbers: dict[str, Any] = {
-                    k: math.nan if v is None else v for k, v in record.items()
-                }
-                arms.setdefault(numbers.pop("arm"), []).append(Evaluation(**numbers))
+            with suppress(ValueError, RecursionError, KeyError):
+                record = json.loads(line)
+                fields: dict[str, Any] = {name: record[name] for name in Evaluation._fields}
+                fields = {k: math.nan if v is None else v for k, v in fields.items()}
+                arms.setdefault(record["arm"], []).append(Evaluation(**fields))
         return arms
 
-    def write_metrics(self, arms: Mapping[Arm, Sequence[Evaluation]]) -> None:
+    def write_metrics(self, arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> None:
         """Replace the evaluations, as a run does that goes on from an earlier step."""
-        lines = [metrics_line(arm, e) for arm, evaluations in arms.items() for e in evaluations]
+        lines = [
+            metrics_line(arm, evaluation, config.grid[evaluation.cell])
+            for arm, evaluations in arms.items()
+            for evaluation in evaluations
+        ]
         self.write("metrics.jsonl", "".join(lines))
 
 
@@ -169,9 +172,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def metrics_line(arm: Arm, evaluation: Evaluation) -> str:
-    """One line of `metrics.jsonl`; what is not finite is null, since JSON has no NaN."""
-    return json.dumps({"arm": arm, **finite(evaluation._asdict())}) + "\n"
+def metrics_line(arm: Arm, evaluation: Evaluation, values: Mapping[str, float] = {}) -> str:
+    """One line of `metrics.jsonl`; what is not finite is null, since JSON has no NaN.
+
+    Args:
+        arm: of the run.
+        evaluation: of it.
+        values: of a grid, those of the evaluation's cell.
+    """
+    return json.dumps({"arm": arm, **values, **finite(evaluation._asdict())}) + "\n"
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One page: the training state, the loss, a training step, an evaluation."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ class TrainState(NamedTuple):
         opt_state: the optimizer's own.
         step: how many steps have been taken.
         key: of the run; what a step draws depends on it and the step alone.
+        values: numbers of the configuration that differ between runs of one program, by name.
     """
 
     params: Any
@@ -33,6 +34,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Array
+    values: Mapping[str, Float[Array, ""]] = {}
 
 
 TrainStep = Callable[[TrainState, Images, Labels], tuple[TrainState, Float[Array, ""]]]
@@ -81,7 +83,8 @@ def make_train_step(
         loss, batch_stats, grads = gradients(model, state, inputs, labels)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state, state.step + 1, state.key), loss
+        new = TrainState(params, batch_stats, opt_state, state.step + 1, state.key, state.values)
+        return new, loss
 
     return train_step
 

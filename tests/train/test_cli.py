@@ -65,7 +65,7 @@ def test_a_line_per_arm_and_evaluation(run):
         (arm, step) for arm in ("batch", "none") for step in steps
     ]
     keys = {"arm", "step", "train_loss", "test_accuracy", "examples_per_second"}
-    keys |= {"bad_steps", "diverged", "seed"}
+    keys |= {"bad_steps", "diverged", "seed", "cell"}
     assert all(line.keys() == keys for line in lines)
 
 

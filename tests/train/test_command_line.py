@@ -30,8 +30,8 @@ GROUPS = {
 
 MISTAKES = {
     "trian": "trian: no such command; did you mean train?",
-    "predict": "predict: no such command; choose one of train, evaluate, bench",
-    "--steps 5": "--steps: a command comes first, one of train, evaluate, bench",
+    "predict": "predict: no such command; choose one of train, sweep, evaluate, bench",
+    "--steps 5": "--steps: a command comes first, one of train, sweep, evaluate, bench",
     "train --lr 0.1": "--lr 0.1: bn-jax train has no --lr; did you mean --learning-rate?",
     "train --lr=0.1": "--lr 0.1: bn-jax train has no --lr; did you mean --learning-rate?",
     "train --learning_rte 1": "--learning-rte 1: bn-jax train has no --learning-rte; did you mean "
@@ -63,6 +63,11 @@ MISTAKES = {
     "train --average cumulative --decay 0.99": "--decay: has no effect with --average cumulative, "
     "which weighs all steps alike",
     "train --decay -1": "--decay -1.0: must be between 0 and 1",
+    "sweep": "--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5",
+    "sweep --over decay=0.9 --decay 0.9": "--decay: has no effect with --over; its values come "
+    "from there",
+    "sweep --over decay=0.9 --norm none": "--decay: has no effect with --norm none",
+    "sweep --over decay=0.9,2": "--decay 2.0: must be between 0 and 1",
     "evaluate --run runs/a": "--run runs/a: bn-jax evaluate has no --run; give the run's folder "
     "without a flag: bn-jax evaluate RUN",
     "bench --suites layer": "--suites layer: bn-jax bench has no --suites; did you mean --suite?",
@@ -152,7 +157,7 @@ def test_help_has_every_command(arguments, main, capsys):
     assert main(*arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: bn-jax COMMAND")
-    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == ["train", "evaluate", "bench"]
+    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == ["train", "sweep", "evaluate", "bench"]
 
 
 def test_versions(main, capsys):

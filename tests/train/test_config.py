@@ -35,6 +35,7 @@ ranges = {
     "checkpoint_every": positive,
     "run_dir": st.none() | st.text(min_size=1).map(Path),
     "devices": st.none() | st.integers(1, 64),
+    "over": st.just(()) | st.just(("learning-rate=0.1,0.2", "epsilon=1e-3")),
 }
 hints = typing.get_type_hints(TrainConfig)
 choices = {name: typing.get_args(kind) for name, kind in hints.items() if name not in ranges}
@@ -121,6 +122,13 @@ OUT_OF_RANGE = [
     ("decay", -0.1, "between 0 and 1"),
     ("decay", 1.1, "between 0 and 1"),
     ("decay", float("nan"), "between 0 and 1"),
+    *(
+        ("over", over, "NAME=NUMBER,NUMBER,… with NAME one of learning-rate, init-std, decay, ")
+        for over in (
+            *("learning-rate=1", ("learning-rate",), ("learning-rate=a",), ("seed=1",), (3,)),
+            *(("decay=0.1", "decay=0.2"), ("decay=0.1,0.1",), ("decay=",)),
+        )
+    ),
     ("data_dir", "a folder", "path"),
     ("run_dir", 5, "path"),
 ]
@@ -242,3 +250,17 @@ def test_what_the_paper_describes_and_what_it_leaves_open():
         assert TrainConfig(**options).is_papers
     for options in ({"hidden": (100,)}, {"optimizer": "adam"}, {"binarization": "none"}):
         assert not TrainConfig(**options).is_papers
+
+
+def test_every_value_of_a_grid_is_checked():
+    with pytest.raises(ValueError, match=r"^--decay 1.5: must be between 0 and 1$"):
+        TrainConfig(over=("decay=0.5,1.5",))
+
+
+def test_the_cells_of_a_grid():
+    config = TrainConfig(over=("learning-rate=0.1,1e-2", "init_std=0.5"), seeds=2, seed=7)
+    cells = [(cell.learning_rate, cell.init_std, cell.seed) for cell in config.cells]
+    assert cells == [(0.1, 0.5, 7), (0.1, 0.5, 8), (0.01, 0.5, 7), (0.01, 0.5, 8)]
+    assert config.names == [(0, 7), (0, 8), (1, 7), (1, 8)]
+    assert config.cells[3] == TrainConfig(learning_rate=0.01, init_std=0.5, seed=8)
+    assert TrainConfig().cells == [TrainConfig()]

@@ -29,8 +29,7 @@ SMALL = {"hidden": (8, 8), "init_std": 0.3, "learning_rate": 0.5, "steps": 60, "
 def run(data, **options):
     """The last state, and all evaluations."""
     config = TrainConfig(**SMALL | {"batch_size": 24, "devices": 8} | options)
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    calls, evaluations = zip(*train(config, model, optimizer, data), strict=True)
+    calls, evaluations = zip(*train(config, "batch", data), strict=True)
     return calls[-1].state, [evaluation for some in evaluations for evaluation in some]
 
 

@@ -18,10 +18,8 @@ from bn_jax.train.checkpoint import CheckpointError, newest_checkpoint
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import progress_bars
 from bn_jax.train.experiment import Interrupted, evaluate_run, run_experiment
-from bn_jax.train.loop import Evaluation
-from bn_jax.train.progress import begin
+from bn_jax.train.loop import Evaluation, begin_run
 from bn_jax.train.run_folder import RunFolder, RunFolderError
-from bn_jax.train.step import init_state
 
 pytestmark = pytest.mark.usefixtures("on_digits")
 
@@ -133,7 +131,15 @@ def test_every_flag(options, tmp_path, main):
 
 
 def test_the_table_above_has_every_flag_and_every_choice():
-    given = {"run_dir", "data_dir", "batch_size", "steps", "evaluate_every", "checkpoint_every"}
+    given = {
+        "over",
+        "run_dir",
+        "data_dir",
+        "batch_size",
+        "steps",
+        "evaluate_every",
+        "checkpoint_every",
+    }
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert given | {name for options in ALL_FLAGS for name in options} == names
     for name, kind in typing.get_type_hints(TrainConfig).items():
@@ -146,12 +152,13 @@ def test_the_table_above_has_every_flag_and_every_choice():
 def instant(monkeypatch):
     """Training takes no time and changes nothing but the step."""
 
-    def train(config, model, optimizer, data, watch, resumed):
-        start = init_state(model, optimizer, data.train_images[:2], config.seed)
-        best = 0.9 if model.normalization else 0.5
+    def train(config, arm, data, watch, resumed):
+        start = begin_run(config, arm, data.train_images[:2])
+        best = {"batch": 0.9, "none": 0.5}[arm]
         for step in (*range(0, config.steps, config.evaluate_every), config.steps):
-            state = start._replace(step=jnp.asarray(step, jnp.int32))
-            yield begin(state), [Evaluation(step, 1 / best, best * step / config.steps, 60.0)]
+            state = start.state._replace(step=jnp.asarray(step, jnp.int32))
+            evaluation = Evaluation(step, 1 / best, best * step / config.steps, 60.0)
+            yield start._replace(state=state), [evaluation]
 
     monkeypatch.setattr(experiment, "train", train)
 
@@ -323,7 +330,7 @@ def interrupt(*_, **__):
 def interrupt_at(step):
     """What is called with an evaluation, or with the line of it, stops at that step."""
 
-    def stop(arm, evaluation):
+    def stop(arm, evaluation, _):
         if evaluation.step == step and arm == "none":
             raise KeyboardInterrupt
         return "{}\n"

@@ -25,7 +25,7 @@ CONFIG = TrainConfig(**SMALL)
 def run(data, arm="batch", **options):
     """All (state, evaluation) of a run."""
     config = TrainConfig(**SMALL | {"evaluate_every": 10} | options)
-    calls = train(config, build_model(config, arm), build_optimizer(config), data)
+    calls = train(config, arm, data)
     return [(progress.state, *evaluations) for progress, evaluations in calls if evaluations]
 
 
@@ -132,9 +132,8 @@ def test_both_arms_see_the_same_batches(digits):
 
 def test_a_batch_larger_than_the_data(digits):
     config = TrainConfig(batch_size=241)
-    model, optimizer = build_model(config, "none"), build_optimizer(config)
     with pytest.raises(ValueError, match=r"--batch-size 241: must be at most 240"):
-        next(train(config, model, optimizer, digits))
+        next(train(config, "none", digits))
 
 
 def test_a_batch_of_all_the_data(digits):
@@ -150,8 +149,7 @@ def test_a_long_run_is_many_short_calls(digits, monkeypatch):
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr("bn_jax.train.loop.time", clock)
     config, told = TrainConfig(**SMALL | {"steps": 14, "evaluate_every": 10}), []
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    calls = list(train(config, model, optimizer, digits, lambda *what: told.append(what)))
+    calls = list(train(config, "batch", digits, lambda *what: told.append(what)))
     assert [progress.step for progress, _ in calls] == [0, 2, 4, 6, 8, 10, 12, 14]
     got = [(progress.state, *evaluations) for progress, evaluations in calls if evaluations]
     assert told == [

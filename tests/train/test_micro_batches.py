@@ -156,8 +156,7 @@ def test_parts_are_ghost_batch_norm(digits):
     ends = []
     for split in ({"micro_batches": 3}, {"group_size": 8}, {}):
         config = TrainConfig(**sizes, **split)
-        model, optimizer = build_model(config, "batch"), build_optimizer(config)
-        *_, (state, evaluation) = train(config, model, optimizer, digits)
+        *_, ((state, *_), (evaluation,)) = train(config, "batch", digits)
         ends.append(((state.params, state.batch_stats), evaluation.train_loss))
     (parts, loss), (groups, same), (whole, other) = ends
     assert loss == pytest.approx(same, rel=1e-5)

@@ -17,7 +17,6 @@ import pytest
 from jax.experimental import multihost_utils
 
 from bn_jax.data import load
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.device import split_cpu
 from bn_jax.train.experiment import evaluate_run, load_progress
@@ -83,8 +82,7 @@ def test_the_run_is_that_of_a_single_process(pair):
     data = load("mnist")
     fields = {"norm": "batch", "hidden": (16,), "batch_size": 64, "evaluate_every": 100}
     config = TrainConfig(steps=200, **fields)
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
-    *_, ((state, *_), (evaluation,)) = train(config, model, optimizer, data)
+    *_, ((state, *_), (evaluation,)) = train(config, "batch", data)
     progress = load_progress(RunFolder(folder).read_config(), "batch", data, RunFolder(folder))
     other = progress.state
     assert (int(other.step), other.key) == (200, state.key)

@@ -173,14 +173,14 @@ def test_the_loop_takes_steps_again_with_care(digits, spoil, monkeypatch):
 
     monkeypatch.setattr(loop, "run_chunk", Recorder)
     spoil(5)
-    calls = list(train(CONFIG, *parts(), digits))
+    calls = list(train(CONFIG, "batch", digits))
     assert taken == [(4, True), (4, False)]  # each compiled once
     evaluations = [evaluation for _, some in calls for evaluation in some]
     assert [e.bad_steps for e in evaluations] == [0, 0, 1, 0]
     assert not any(e.diverged for e in evaluations)
     assert all(np.isfinite(e.train_loss) for e in evaluations[1:])
     spoil()
-    progress, (evaluation,) = list(train(CONFIG, *parts(), digits))[-1]
+    progress, (evaluation,) = list(train(CONFIG, "batch", digits))[-1]
     # As a step is missing, but one of twelve.
     assert abs(evaluation.train_loss - evaluations[-1].train_loss) < 0.3
     assert is_finite(progress)

@@ -129,11 +129,11 @@ def test_metrics_come_back_as_they_were(tmp_path):
         "batch": [Evaluation(0, math.nan, 0.1, 0.0), Evaluation(5, 1 / 3, 2 / 3, 1e5 / 3, 1)],
         "none": [Evaluation(0, math.nan, 0.1, 0.0, seed=3, diverged=True)],
     }
-    folder.write_metrics(arms)
+    folder.write_metrics(arms, TrainConfig())
     text = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(text + text[:40])  # a kill in the middle of a line
     again = folder.read_metrics()
-    folder.write_metrics(again)
+    folder.write_metrics(again, TrainConfig())
     assert (tmp_path / "metrics.jsonl").read_text() == text
     assert again["batch"][1] == arms["batch"][1]
 

@@ -10,7 +10,6 @@ import scipy.stats
 from PIL import Image
 
 from bn_jax.train import loop
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import plot_curves
 from bn_jax.train.experiment import Diverged, Interrupted, evaluate_run, run_experiment
@@ -33,7 +32,7 @@ def run(folder, resume=False, **options):
 
 def calls(data, arm="batch", **options):
     config = TrainConfig(**SMALL | options)
-    return list(train(config, build_model(config, arm), build_optimizer(config), data))
+    return list(train(config, arm, data))
 
 
 def leaves(progress):

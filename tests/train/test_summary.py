@@ -74,6 +74,7 @@ def test_a_line_of_metrics_is_json_whatever_happened(loss):
         "bad_steps": 0,
         "diverged": False,
         "seed": 0,
+        "cell": 0,
     }
     assert line.endswith("}\n")
     assert line.count("\n") == 1
