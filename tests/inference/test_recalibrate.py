@@ -1,5 +1,7 @@
 """New running statistics for whole models: of the data, whatever the split, and nothing else."""
 
+import functools
+
 import flax.core
 import flax.linen as nn
 import jax
@@ -72,10 +74,15 @@ class Nnx(nnx.Module):
         return self.second(self.dense(self.first(x, mask=mask)))
 
 
+@functools.cache  # one function for one model, so that it is compiled once
 def linen_forward(model, **options):
     return lambda variables, x: model.apply(
         variables, x, train=True, mutable=["batch_stats"], **options
     )
+
+
+def nnx_forward(model, x):
+    return model(x)
 
 
 def recalibrated(kind, batches, estimator):
@@ -86,7 +93,7 @@ def recalibrated(kind, batches, estimator):
         new = recalibrate_linen(linen_forward(model), variables, iter(batches), estimator=estimator)
         return [(new["batch_stats"][n]["mean"], new["batch_stats"][n]["var"]) for n in NAMES]
     model = Nnx(NNX[kind])
-    paths = recalibrate_nnx(lambda model, x: model(x), model, iter(batches), estimator=estimator)
+    paths = recalibrate_nnx(nnx_forward, model, iter(batches), estimator=estimator)
     assert sorted(paths) == ["first", "second"]
     return [(getattr(model, n).mean[...], getattr(model, n).var[...]) for n in NAMES]
 
