@@ -1,10 +1,13 @@
 """`bn-jax train` and `bn-jax evaluate`: the arms of an experiment, and what is left on disk."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -38,6 +41,9 @@ NO_LOSS = "  –   "  # as wide as one
 
 PLACES = ("data_dir", "run_dir", "device")
 """Settings that may differ between the processes of a run, and when it goes on elsewhere."""
+
+SCHEMA = 1
+"""Of `summary.json` and `metrics.jsonl`; changes when a field is renamed, dropped or redefined."""
 
 
 class Interrupted(Exception):
@@ -108,11 +114,17 @@ def run_and_write(
     config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
 ) -> dict[Arm, list[Evaluation]]:
     """Train the arms, show the comparison and write it."""
+    begun = time.monotonic()
     count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
     where = f"[bold]{escape(str(folder.path))}[/bold]"
     console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
     arms = run_arms(config, data, folder, console)
-    about = {"config": json.loads(config.to_json()), "versions": versions()}
+    about = {
+        "schema": SCHEMA,
+        "seconds": round(time.monotonic() - begun, 3),
+        "config": json.loads(config.to_json()),
+        "versions": versions(),
+    }
     if config.over:
         rows = grid_rows(arms, config)
         folder.write("sweep.csv", to_csv(rows))
@@ -261,15 +273,31 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
     return results
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, Any]:
     """The versions and hardware that a result belongs to."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     return {
         "bn-jax": bn_jax.__version__,
+        "commit": commit(),
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "device": machine(),
+        "cores": os.cpu_count(),
     }
+
+
+def commit() -> str | None:
+    """The commit that this package is a checkout of, with + if it was changed; None elsewhere."""
+    git = ["git", "-C", str(Path(bn_jax.__file__).parent)]
+    # A package that is installed inside of somebody's repository is none of its files.
+    mine = [*git, "ls-files", "--error-unmatch", "__init__.py"]
+    name = [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        texts = [
+            subprocess.check_output(c, text=True, stderr=subprocess.DEVNULL) for c in (mine, name)
+        ]
+        return texts[-1].strip()
+    return None
 
 
 def machine() -> str:

@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
+import subprocess
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.experiment import commit
 
 STEPS, EVERY = 1000, 250
+TRAINING = Path(__file__).parents[2] / ".docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,11 @@ def test_the_summary_is_that_of_the_lines(run, summary):
         for level, step in row["steps_to"].items():
             reached = [x["step"] for x in lines if x["test_accuracy"] >= float(level)]
             assert step == (reached[0] if reached else None)
-    assert summary["versions"].keys() >= {"jax", "flax", "optax", "python", "device"}
+    assert summary["versions"].keys() >= {"jax", "flax", "optax", "python", "device", "commit"}
+    assert summary["schema"] == 1
+    assert summary["seconds"] > 0
+    documented = {*re.findall(r"^\| `(\w+)` \|", TRAINING.read_text(), re.M)}
+    assert metrics(run[0])[0].keys() <= documented
 
 
 def test_batch_norm_learns_faster(summary):
@@ -167,3 +176,24 @@ def test_a_mistake_is_one_message(name, message, mistakes):
 def test_a_device_that_is_not_here(main, capsys):
     assert main("train", "--device", "tpu") == 2
     assert re.match(r"error: --device tpu: JAX finds none here", capsys.readouterr().err)
+
+
+def test_the_commit_is_this_packages(tmp_path, monkeypatch):
+    """And not that of a repository around it, as of a project with its environment inside."""
+    git = ["git", "-C", str(tmp_path)]
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    package = tmp_path / "bn_jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr("bn_jax.__file__", str(package / "__init__.py"))
+    assert commit() is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    assert commit() is None
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, *identity, "commit", "-q", "-m", "y"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", commit())
+    (package / "__init__.py").write_text("changed")
+    assert re.fullmatch(r"[0-9a-f]{40}\+", commit())

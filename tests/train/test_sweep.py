@@ -116,6 +116,7 @@ def test_the_table_and_the_picture(folder):
         evaluate_run(RunFolder(folder))
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_to_the_byte(folder, tmp_path, on_digits, stop_after, monkeypatch):
     monkeypatch.setattr(loop, "steps_per_call", lambda *_: 8)  # two steps of four runs
     options = SMALL | {"seeds": 2, "over": ("decay=0.5,0.9",), "norm": "batch"}
