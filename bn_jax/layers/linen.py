@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 from jax import Array
 
 from bn_jax.core.averages import Average
-from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.layout import read_layout
 from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
@@ -21,6 +21,7 @@ from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
     check_flag,
+    choose_normalizer,
     flax_average,
     mean_dtype,
     promote,
@@ -73,6 +74,9 @@ class BatchNorm(nn.BatchNorm):
         group_size: ghost batch norm: every group of this many neighbouring examples on the leading
             batch axis is normalized by its own statistics. The running statistics take all groups
             together. None normalizes the whole batch.
+        renorm: Batch Renormalization by the limits (r_max, d_max), such as (3.0, 5.0); see
+            `bn_jax.batch_renorm`. A limit may be a schedule of the number of batches, for which
+            `average` is needed. Not with `unbiased` or `group_size`. None is batch norm.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
@@ -91,6 +95,7 @@ class BatchNorm(nn.BatchNorm):
     average: Average | None = None
     unbiased: bool = False
     group_size: int | None = None
+    renorm: tuple[Any, Any] | None = None
 
     @nn.compact
     def __call__(
@@ -153,8 +158,9 @@ class BatchNorm(nn.BatchNorm):
             return normalize(x, batch.mean, batch.var, params, **options).astype(result)
 
         seen = batches_seen(None if count is None else count.value, mean.value)
+        normalizer = choose_normalizer(self.renorm, self.unbiased, self.group_size)
         with on_single_value(warn):
-            y, state = batch_norm(
+            y, state = normalizer(
                 x,
                 params,
                 BatchNormState(mean.value, var.value, seen),
@@ -163,10 +169,8 @@ class BatchNorm(nn.BatchNorm):
                 epsilon=self.epsilon,
                 feature_axis=axes,
                 where=where,
-                unbiased=self.unbiased,
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
-                group_size=self.group_size,
             )
         if not evaluate:
             mean.value, var.value = state.mean, state.var

@@ -17,7 +17,6 @@ from jax import Array
 from jax.nn import initializers
 
 from bn_jax.core.averages import Average
-from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.layout import read_layout
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.core.state import BatchNormState
@@ -26,6 +25,7 @@ from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
     check_flag,
+    choose_normalizer,
     flax_average,
     mean_dtype,
     promote,
@@ -99,6 +99,9 @@ class BatchNorm(nnx.BatchNorm):
         group_size: ghost batch norm: every group of this many neighbouring examples on the leading
             batch axis is normalized by its own statistics. The running statistics take all groups
             together. None normalizes the whole batch.
+        renorm: Batch Renormalization by the limits (r_max, d_max), such as (3.0, 5.0); see
+            `bn_jax.batch_renorm`. A limit may be a schedule of the number of batches, for which
+            `average` is needed. Not with `unbiased` or `group_size`. None is batch norm.
 
     >>> import jax
     >>> from flax import nnx
@@ -133,6 +136,7 @@ class BatchNorm(nnx.BatchNorm):
         average: Average | None = None,
         unbiased: bool = False,
         group_size: int | None = None,
+        renorm: tuple[Any, Any] | None = None,
     ):
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, mean_dtype(dtype, param_dtype)))
@@ -164,6 +168,7 @@ class BatchNorm(nnx.BatchNorm):
         self.average = average
         self.unbiased = unbiased
         self.group_size = group_size
+        self.renorm = renorm
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; setting `average` also creates the variable `count` that it needs."""
@@ -217,8 +222,9 @@ class BatchNorm(nnx.BatchNorm):
         x, result = promote(x, params, self.dtype)
         seen = batches_seen(None if self.count is None else self.count[...], mean)
         momentum = self.momentum[...] if isinstance(self.momentum, nnx.Variable) else self.momentum
+        normalizer = choose_normalizer(self.renorm, self.unbiased, self.group_size)
         with on_single_value(warn):
-            y, state = batch_norm(
+            y, state = normalizer(
                 x,
                 params,
                 BatchNormState(mean, var, seen),
@@ -227,10 +233,8 @@ class BatchNorm(nnx.BatchNorm):
                 epsilon=self.epsilon,
                 feature_axis=axes,
                 where=read_mask(mask, x, axes),
-                unbiased=self.unbiased,
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
-                group_size=self.group_size,
             )
         if not evaluate:
             remember(self.mean, state.mean)

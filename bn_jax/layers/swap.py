@@ -28,7 +28,12 @@ from flax import nnx
 from bn_jax.layers.graph_mode import graph_mode
 from bn_jax.layers.nnx import BatchNorm
 
-OURS_ONLY: dict[str, Any] = {"average": None, "unbiased": False, "group_size": None}
+OURS_ONLY: dict[str, Any] = {
+    "average": None,
+    "unbiased": False,
+    "group_size": None,
+    "renorm": None,
+}
 """Settings that flax's layer lacks, with the values at which both layers do the same."""
 
 
@@ -62,8 +67,8 @@ def swap_back(model: nnx.Module) -> list[str]:
         The paths of the layers that were swapped.
 
     Raises:
-        ValueError: a layer has an average, unbiased or group_size, which flax's layer lacks. No
-            layer is swapped then.
+        ValueError: a layer has an average, unbiased, group_size or renorm, which flax's layer
+            lacks. No layer is swapped then.
 
     >>> model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     >>> swap(model) == swap_back(model), type(model.layers[0]) is nnx.BatchNorm

@@ -1278,6 +1278,20 @@ MUTATIONS = [
         "jnp.where(new.count >= 0,",
         "recalibrate",
     ),
+    Mutation(
+        "the Flax layers swap the limits of the correction",
+        "layers/translate.py",
+        "r_max=renorm[0], d_max=renorm[1]",
+        "r_max=renorm[1], d_max=renorm[0]",
+        "layers/renorm",
+    ),
+    Mutation(
+        "the Flax layers ignore renorm",
+        "layers/translate.py",
+        "    if renorm is None:\n",
+        "    if True:\n",
+        "layers/renorm",
+    ),
 ]
 
 # Mutations that change nothing that can be seen, and why.

@@ -36,7 +36,7 @@ def test_constructor_is_flax_and_more():
     ours = [f for f in ours if f.name not in ("parent", "name")]
     theirs = [f for f in theirs if f.name not in ("parent", "name")]
     assert [f.name for f in ours[: len(theirs)]] == [f.name for f in theirs]
-    assert [f.name for f in ours[len(theirs) :]] == ["average", "unbiased", "group_size"]
+    assert [f.name for f in ours[len(theirs) :]] == ["average", "unbiased", "group_size", "renorm"]
     for our, their in zip(ours, theirs, strict=False):
         assert our.default == their.default, our.name
     # Fields are inherited, and a new one of flax's would have no effect.

@@ -32,7 +32,7 @@ def test_constructor_is_flax_and_more():
     ours, theirs = parameters(BatchNorm.__init__), parameters(nnx.BatchNorm.__init__)
     newer = ["promote_dtype", "bias_metadata", "scale_metadata"]
     known = [name for name in ours if name in theirs or name not in newer]
-    assert known == [*theirs, "average", "unbiased", "group_size"]
+    assert known == [*theirs, "average", "unbiased", "group_size", "renorm"]
     for name, their in theirs.items():
         assert ours[name].default == their.default, name
         assert ours[name].kind == their.kind, name

@@ -119,7 +119,13 @@ def test_a_model_that_is_a_batch_norm():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("average", bn.DebiasedEma(0.9)), ("unbiased", True), ("group_size", 4)]
+    ("name", "value"),
+    [
+        ("average", bn.DebiasedEma(0.9)),
+        ("unbiased", True),
+        ("group_size", 4),
+        ("renorm", (3.0, 5.0)),
+    ],
 )
 def test_what_flax_cannot_do_stays(name, value):
     model = nnx.Sequential(
