@@ -42,6 +42,15 @@ WRONG = {
         "lambda a, b, params, axis_name: tuple(bn.normalize(part, *bn.pool(bn.merge(bn.measure(a),"
         " bn.measure(b)), axis_name)[:2], params) for part in (a, b))",
     ],
+    "04_why_evaluation_disagrees": [
+        # A running average of the batches.
+        "lambda v, batches: functools.reduce(lambda v, x: {**v, **forward(v, x)[1]}, batches, v)",
+        # All sentences together.
+        "lambda x, real: jnp.where(real[..., None], bn.standardize(x, bn.BatchNormParams(None,"
+        " None), where=real)[0] ** 2, 0).sum(1)",
+        # In another order, batch statistics are the same.
+        "lambda f, x: not jnp.allclose(f(x[::-1]), f(x)[::-1], atol=1e-4)",
+    ],
 }
 
 
