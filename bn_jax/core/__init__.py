@@ -1,6 +1,6 @@
 """Batch normalization as mathematics: measure, average, normalize. Imports only jax.
 
-To understand it, read these in order; each stands on those before it:
+To understand it, read these in order:
 
 1. `layout`: which axes are features, and how numbers per feature come in and go out
 2. `centered`: the two linear maps between data and numbers per feature, and their derivatives
@@ -11,7 +11,8 @@ To understand it, read these in order; each stands on those before it:
 7. `averages` and `state`: how much of the past is kept, and what is remembered
 8. `batch_norm`: 6 and 7 for training, 5 for inference
 
-Built from these: `ghost` (groups of examples), `replicas` (named axes), `population` (Algorithm 2),
-`pool_states` (replicas that trained apart). `checks` refuses mistakes, `dtypes` says how precise
-statistics are, `exported` makes named tuples known to jax.export, and `xla` is what compilers need.
+They use `replicas` (sums over named axes) and `ghost` (groups of examples). Built from them are
+`renorm` (Batch Renormalization), `population` and `recalibrate` (Algorithm 2), and `pool_states`
+(replicas that trained apart). `checks` refuses mistakes, `dtypes` says how precise statistics are,
+`exported` makes named tuples known to jax.export, and `xla` is what compilers need.
 """

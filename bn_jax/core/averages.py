@@ -141,7 +141,7 @@ class CumulativeAverage:
         return 1 / (as_float(count) + 1)
 
 
-def new_weight(average: Average, count: Array, dtype: jnp.dtype) -> Array:
+def weight_of_new_batch(average: Average, count: Array, dtype: jnp.dtype) -> Array:
     """The weight of the new batch for each feature's count, by an average.
 
     Raises:
@@ -151,7 +151,7 @@ def new_weight(average: Average, count: Array, dtype: jnp.dtype) -> Array:
     def complement(count: Array) -> Array:
         kept = average(count)
         check_weight(kept, average)
-        return jnp.asarray(1 - kept, dtype)  # of a Python number, in double precision
+        return jnp.asarray(1 - kept, dtype)  # a Python float is subtracted in double precision
 
     directly = getattr(average, "new_weight", None)
     if directly is not None:

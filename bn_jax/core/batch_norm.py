@@ -103,9 +103,9 @@ def batch_norm(
         where: which values count in the batch's statistics: a bool mask (True counts), integers (k
             counts as k copies of the value), or non-negative floats (importances, on any scale;
             differentiable). Of x's shape, or x's shape without the feature axes, or broadcastable
-            to either. Outputs are given for all of x; padding, excluded and not finite, gives
-            y = β and spoils no gradient, at inference too, which otherwise does not depend on it.
-            Where a feature (or its group) is left with one value, or none, y = β for all of it.
+            to either. Every value of x gets an output. A value that is masked out and NaN or
+            infinite gets y = β, and gradients stay finite; at inference, where does no more than
+            that. If a feature (or its group) is left with one value or none, y = β for all of it.
         unbiased: remember the variance times m/(m - 1), as the paper does; False remembers σ²
             itself, as flax and keras do. Normalization uses σ² itself in either case. m counts
             values; of float weights, it is the effective count (Σw)²/Σw² (Kish 1965), so that
@@ -121,9 +121,9 @@ def batch_norm(
             members, so that it does not depend on group_size. Not used at inference.
 
     Returns:
-        (y, state): y of x's shape and dtype; β or NaN where the sum of squares overflows (m values
-        in float32 from about 10¹⁹/√m on). A feature's state stays as it was where the batch is
-        empty or fully masked, or its moments are not finite.
+        (y, state): y of x's shape and dtype. In float32, y is β or NaN if values exceed about
+        10¹⁹/√m, because their squares overflow. A feature's state stays as it was where the batch
+        is empty or fully masked, or its moments are not finite.
 
     Raises:
         TypeError: x is not inexact, train is traced or no bool, where is no mask and no weights,

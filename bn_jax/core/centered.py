@@ -8,6 +8,9 @@ With d = x - origin - mean, all that batch normalization does with x as a whole 
 Their derivatives in x are the same two maps again: the tangent of Σ g dᵏ is Σ (k g ẋ) dᵏ⁻¹, and
 that of Σₖ cₖ dᵏ is ẋ Σₖ k cₖ dᵏ⁻¹. So the backward pass needs only x, in its own dtype.
 
+Both take x twice. They read and keep `x`, in its own dtype. Gradients flow to `wide`, its float32
+copy, so that several gradients are added up in float32 and rounded once.
+
 Numbers per feature have x's rank, with length 1 on the axes to sum over (`layout.py`).
 """
 
@@ -27,7 +30,12 @@ from bn_jax.core.xla.sums import add_together, add_up, local_axes, sums_well
 
 Powers = tuple[int, ...]
 Drop = Literal["masked", "broken"]
-"""Which values count as 0: all that are masked out, or only those of them that are not finite."""
+"""Which values count as 0.
+
+"masked", for forward sums: those that are masked out. With float weights, finite ones stay, because
+the derivative in a weight of zero needs them.
+"broken", for outputs: only those that are masked out and not finite.
+"""
 
 
 def power_sums(
@@ -43,9 +51,8 @@ def power_sums(
 
     Args:
         powers: the k, each 0, 1 or 2.
-        x: real, of any dtype. It is what is read, and kept for derivatives.
-        wide: x in the dtype of statistics. Derivatives flow to it, so that the contributions of
-            several uses are added before they are rounded to x's dtype.
+        x: real, of any dtype; what is read, and kept for the backward pass.
+        wide: x in the dtype of statistics, to which gradients flow.
         origin: per feature, near the mean.
         weights: bool, integer or float, of x's shape; False and 0 mask a value out.
         times: g, of x's shape and origin's dtype; None for 1.
@@ -101,7 +108,7 @@ def part_mean(x: ArrayLike, like: Array) -> Array:
 
 
 def readable(x: ArrayLike, wide: Array) -> tuple[Array, Array]:
-    """What values are read from, and what derivatives flow to; wide for both in plain JAX."""
+    """Return x and wide; without primitives, twice wide, which JAX differentiates then."""
     return (wide, wide) if bind_sums is plain_sums else (as_array(x), wide)
 
 
@@ -188,10 +195,10 @@ def mean_of_all(x, like):
 
 
 def mean_of_part(x, like, *, alone):
-    """The mean of a sixteenth of each feature's values, but of at least 128, and of no small array.
+    """The mean of the first sixteenth of each feature's values, but of at least 128.
 
     The mean of 128 values is mostly within a tenth of a standard deviation. The part is cut from
-    one axis that lies on one device; of an array of symbolic size, it is all of it.
+    one axis that lies on one device. Small arrays and arrays of symbolic size are averaged whole.
     """
     axes = summed(like)
     size = functools.reduce(lambda count, axis: count * x.shape[axis], axes, 1)
@@ -231,8 +238,8 @@ def zero_unless(keep: Array, values: Array) -> Array:
 
 def sums_jvp(operands, tangents, **options):
     """The tangent of Σ g dᵏ is Σ ġ dᵏ + k Σ g ḋ dᵏ⁻¹, where ḋ = ẋ - origin˙ - mean˙."""
-    _, x_dot, *moved, _, g_dot = unpack(tangents, options["masked"])
-    mean_dot = add(moved)
+    _, x_dot, *center_dots, _, g_dot = unpack(tangents, options["masked"])
+    mean_dot = add(center_dots)
     *_, g = unpack(operands, options["masked"])
     powers, lower = options["powers"], tuple(k - 1 for k in options["powers"] if k)
 
@@ -255,9 +262,9 @@ def sums_jvp(operands, tangents, **options):
 
 def polynomial_jvp(operands, tangents, **options):
     """The tangent of g Σₖ cₖ dᵏ is ġ Σₖ cₖ dᵏ + g Σₖ ċₖ dᵏ + g ḋ Σₖ k cₖ dᵏ⁻¹."""
-    _, x_dot, *moved, _, rest_dots = unpack(tangents, options["masked"])
+    _, x_dot, *center_dots, _, rest_dots = unpack(tangents, options["masked"])
     *_, rest = unpack(operands, options["masked"])
-    mean_dot, timed, powers = add(moved), options["timed"], options["powers"]
+    mean_dot, timed, powers = add(center_dots), options["timed"], options["powers"]
     times, coefficients = rest[:timed], rest[timed:]
 
     def again(by_power, *times):
@@ -275,7 +282,7 @@ def polynomial_jvp(operands, tangents, **options):
         dots.append(again(dict(zip(powers, coefficients, strict=True)), rest_dots[0]))
     if slope and x_dot is not None:
         x_dot = x_dot.astype(operands[2].dtype)
-        if slope.keys() == {0} and not times and not options["masked"]:  # x does not matter
+        if slope.keys() == {0} and not times and not options["masked"]:  # no pass over x is needed
             dots.append(slope[0] * x_dot)
         else:
             dots.append(again(slope, times[0] * x_dot if times else x_dot))
@@ -283,14 +290,14 @@ def polynomial_jvp(operands, tangents, **options):
 
 
 def sums_transpose(cotangents, operands, **options):
-    """In g: the polynomial whose coefficients are the cotangents."""
+    """For g, the polynomial whose coefficients are the cotangents."""
     asked = {k: c for k, c in zip(options["powers"], cotangents, strict=True) if c is not None}
     options |= {"powers": tuple(asked), "timed": False}
     return repeat(bind_polynomial, operands, options, asked.values())
 
 
 def polynomial_transpose(cotangents, operands, **options):
-    """In the coefficients, power sums of the cotangent; in g, the cotangent in the place of g."""
+    """For the coefficients, power sums of the cotangent; for g, the same map with it as g."""
     timed = options.pop("timed")
     *_, rest = unpack(operands, options["masked"])
     times, coefficients = rest[:timed], rest[timed:]
@@ -305,7 +312,8 @@ def polynomial_transpose(cotangents, operands, **options):
 def repeat(bind, operands, options, factors):
     """One of the two maps at the same x, with other factors and options.
 
-    Derivatives of the next order flow to x itself, since wide is not kept.
+    Here x stands in for `wide`, which the backward pass does not keep. So second derivatives flow
+    to x itself.
     """
     x, _, *fixed = operands[: 5 if options["masked"] else 4]
     return bind(x, x, *fixed, *factors, **options)

@@ -70,7 +70,7 @@ class Groups:
 
 
 def read_groups(layout: Layout, x: Array, group_size: object) -> Groups | None:
-    """The groups of the leading batch axis; None where there is none, or no group_size.
+    """The groups of the leading batch axis; None if x has no batch axis or group_size is None.
 
     Raises:
         TypeError: group_size is traced, or no integer.

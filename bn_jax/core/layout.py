@@ -1,4 +1,4 @@
-"""The door: which axes of x are features, and how numbers per feature come in and go out.
+"""Which axes are features, and how numbers per feature are shaped to broadcast against x.
 
 Outside, numbers per feature have the shape of the features: [channels]. Inside, they have x's rank,
 with length 1 on every axis that statistics are taken over: [1, 1, 1, channels]. So no function

@@ -95,7 +95,7 @@ def measure(
     like = layout.bring_in(None, x)
     origin = origin_of(x, weights, like)
     sums = sums_about(origin, x, x.astype(like.dtype), weights)
-    return jax.tree.map(layout.take_out, moments_about(origin, sums))
+    return jax.tree.map(layout.take_out, moments_of_x(origin, sums))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -135,8 +135,8 @@ def pool(
     """The moments over all members of a named axis (or several) of vmap, shard_map or pmap.
 
     Each member's count weighs its share, so members may be uneven or empty. All members get the
-    same result, which shard_map may return as replicated; of groups, all of one group. Two
-    collectives: one agrees on an origin, one sums.
+    same result, which shard_map may return as replicated. With groups, members of one group get the
+    same result. Two collectives: one agrees on an origin, one sums.
 
     Args:
         moments: of this member.
@@ -154,41 +154,43 @@ def pool(
     True
     """
     replicas = read_replicas(axis_name, axis_index_groups)
-    return pool_by(moments, lambda parts: sum_over(parts, replicas))
+    return pool_with(moments, lambda parts: sum_over(parts, replicas))
 
 
 # The pieces from which `measure`, `pool` and `standardize` are put together.
 
 
-def pool_by(moments: Moments, add: Callable[[Any], Any]) -> Moments:
-    """The moments of many sets of values, by a function that adds arrays up over all sets."""
+def pool_with(moments: Moments, add_sets: Callable[[Any], Any]) -> Moments:
+    """Pool the moments of many sets of values, given a function that adds arrays over all sets."""
     near = moments._replace(mean=rest_of(moments))
-    return about(*pool_about(moments.mean, near, add))
+    return add_origin(*pool_centered(moments.mean, near, add_sets))
 
 
-def pool_about(origin: Array, near: Moments, add: Callable[[Any], Any]) -> tuple[Array, Moments]:
-    """The same, of moments of x - origin; returned are one origin for all, and moments about it.
+def pool_centered(
+    origin: Array, near: Moments, add_sets: Callable[[Any], Any]
+) -> tuple[Array, Moments]:
+    """Pool moments of x - origin. Returns a common origin, and the moments of x minus that.
 
-    No mean is stored on the way at its own size, where its rounding is σ·10⁻³ at a mean of 10⁴ σ.
+    Adding the origin back here would round the mean: by 10⁻³ σ at a mean of 10⁴ σ.
     """
-    everywhere = shared_origin(origin, near.count, add)
+    everywhere = shared_origin(origin, near.count, add_sets)
     mean, var, count = near.mean + (origin - everywhere), near.var, near.count
     total, squared = count.astype(mean.dtype) * mean, count * (var + square(mean))
-    return everywhere, moments_of(add(Sums(total, squared, count, near.squares)))
+    return everywhere, centered_moments(add_sets(Sums(total, squared, count, near.squares)))
 
 
-def moments_about(origin: Array, sums: Sums) -> Moments:
+def moments_of_x(origin: Array, sums: Sums) -> Moments:
     """The moments of x, from the sums of x - origin."""
-    return about(origin, moments_of(sums))
+    return add_origin(origin, centered_moments(sums))
 
 
-def about(origin: Array, near: Moments) -> Moments:
+def add_origin(origin: Array, near: Moments) -> Moments:
     """The moments of x, from those of x - origin."""
     mean, rest = exact_sum(origin, near.mean)
     return near._replace(mean=mean, rest=rest)
 
 
-def moments_of(sums: Sums) -> Moments:
+def centered_moments(sums: Sums) -> Moments:
     """The moments of what was summed, about its origin."""
     mean, var = mean_and_var(sums)
     return Moments(mean, var, sums.count, sums.squares)
@@ -201,7 +203,7 @@ def mean_and_var(sums: Sums) -> tuple[Array, Array]:
 
 
 def plain_mean_and_var(total, squared, count):
-    """S₁/m and (S₂ - S₁* S₁/m)/m, where only the first has to be rounded as if exact."""
+    """S₁/m and (S₂ - S₁* S₁/m)/m. Only the first needs the exact division."""
     mean = share(total, count)
     var = (squared - inner(total, mean)) / divisor(squared, count)
     return [mean, lax.select(var < 0, jnp.zeros_like(var), var)]
@@ -210,7 +212,7 @@ def plain_mean_and_var(total, squared, count):
 def mean_and_var_jvp(operands, tangents):
     """μ˙ = (Ṡ₁ - μ ṁ)/m and (σ²)˙ = (Ṡ₂ - (σ² + |μ|²) ṁ)/m - 2 Re μ* μ˙.
 
-    The same where rounding made a variance negative, and zero was taken instead.
+    Where rounding made a variance negative and it was set to 0, the derivative is still this one.
     """
     mean, var = bind_mean_and_var(*operands)
     total_dot, squared_dot, count_dot = tangents
@@ -251,8 +253,7 @@ def degrees_of_freedom(count: Any, squares: Array | None) -> Array:
     m - 1 of m values. Of importances, Σw - Σw²/Σw, which is Σw (n - 1)/n with the effective count
     n = (Σw)²/Σw²: divided by it, Σ w|x - μ|² has no bias where all values have one variance, on any
     scale of the weights (numpy.cov corrects its aweights alike). 0 where less than 10⁻⁴ of Σw is
-    left, because one value outweighs all others: against that little, rounding (10⁻⁷ of Σw or
-    more) would show.
+    left, because one value outweighs all others: below that, it would be mostly rounding error.
     """
     if squares is None:
         return count - 1

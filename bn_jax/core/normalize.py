@@ -63,8 +63,8 @@ def normalize(
         params: γ and β, one per feature, or None.
         epsilon: ε ≥ 0, in the units of var.
         feature_axis: the axes that mean, var and params belong to, in the order of x's axes.
-        where: as in `measure`. Padding, excluded and not finite, gives y = β and spoils no
-            gradient; all other outputs do not depend on it.
+        where: as in `measure`. A value that is masked out and NaN or infinite gets y = β, and
+            gradients stay finite. All other outputs do not depend on it.
         rest: what rounding the mean lost, `Moments.rest`: with it, y is as accurate as that of
             `batch_norm`, also where the mean is many standard deviations.
 
@@ -106,7 +106,8 @@ def normalized(
 ) -> Array:
     """`normalize`, with arguments that are checked; jitted, so that layers are traced once.
 
-    Inference is in JAX's own operations, for converters to other formats, which know no others.
+    Without rest, as at inference, only standard JAX operations are used, because converters to
+    other formats know no others. With rest, it is the accurate path of training.
     """
     mean, var = layout.bring_in(mean, x), layout.bring_in(var, x, real=True)
     affine = bring_in_params(layout, params, x)
@@ -170,7 +171,7 @@ def apply_statistics(
     affine: tuple[Array, Array],
     weights: Array | None,
 ) -> Array:
-    """γ r (x - origin - mean) + β in x's dtype; β for padding, which is masked out and not finite.
+    """γ r (x - origin - mean) + β in x's dtype; β where x is masked out and not finite.
 
     Args:
         x: what is kept for the backward pass.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bn_jax.core.dtypes import statistics_dtype
-from bn_jax.core.moments import Moments, pool_by
+from bn_jax.core.moments import Moments, pool_with
 from bn_jax.core.state import BatchNormState, batches_seen, read_state
 
 States = TypeVar("States")
@@ -84,7 +84,7 @@ def pool_fields(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Ar
             f"mean has shape {mean.shape}, but needs [replicas, features]; stack the replicas' "
             "states on a leading axis: jax.tree.map(lambda *parts: jnp.stack(parts), *states)"
         )
-    pooled = pool_by(Moments(mean, var, count.astype(var.dtype)), add)
+    pooled = pool_with(Moments(mean, var, count.astype(var.dtype)), add)
     total = jnp.sum(count, 0, dtype=count.dtype)
     return (
         lax.select(total > 0, pooled.mean[0], mean[0]),

@@ -81,8 +81,9 @@ def read_replicas(
 def sum_over(values: Tree, replicas: Replicas | None) -> Tree:
     """Arrays summed over the members that share statistics, in one collective.
 
-    Of groups, every member sums all, each in a row of its own, and takes its own group's: JAX's
-    psum knows groups neither under vmap nor under shard_map's default checks.
+    With groups, each member writes its values into its group's row and zeros into the others. One
+    psum adds up all rows, and each member reads its own group's. JAX's psum knows groups neither
+    under vmap nor under shard_map's default checks.
     """
     if replicas is None:
         return values

@@ -27,7 +27,7 @@ from bn_jax.core.checks import as_array, as_floats, check_epsilon, check_feature
 from bn_jax.core.dtypes import real_dtype
 from bn_jax.core.ghost import Groups, read_groups
 from bn_jax.core.layout import Layout, read_layout
-from bn_jax.core.moments import Moments, about, degrees_of_freedom, mean_and_var, pool_about
+from bn_jax.core.moments import Moments, add_origin, degrees_of_freedom, mean_and_var, pool_centered
 from bn_jax.core.normalize import (
     BatchNormParams,
     apply_statistics,
@@ -112,7 +112,7 @@ def standardized(
         y, origin, near = by_own_moments(x, affine, epsilon, weights, replicas)
     else:
         y, origin, near = by_moments_of_groups(x, affine, epsilon, weights, replicas, groups)
-    return y, jax.tree.map(layout.take_out, about(origin, near))
+    return y, jax.tree.map(layout.take_out, add_origin(origin, near))
 
 
 def by_own_moments(
@@ -130,7 +130,7 @@ def by_own_moments(
     r = inverse_std(var, epsilon)
     if weights is not None:
         # A mask may leave one value or none. Their variance of 0 says nothing about the data, and
-        # by 1/√ε the other rows would come out a hundred times too large.
+        # by 1/√ε the other rows would come out some hundreds of times too large.
         left = degrees_of_freedom(*lax.stop_gradient((sums.count, sums.squares)))
         r = lax.select(left > 0, r, jnp.zeros_like(r))
     y = apply_statistics(x, wide, origin, mean, r, affine, weights)
@@ -145,13 +145,16 @@ def by_moments_of_groups(
     replicas: Replicas | None,
     groups: Groups,
 ) -> tuple[Array, Array, Moments]:
-    """The same, with y by the moments of each group, and the moments of all groups together."""
+    """Normalize each group by its own moments.
+
+    Returns y, and, for the state, an origin and the moments of all groups and replicas.
+    """
     if groups.missing and weights is None:
         weights = jnp.ones_like(x, bool)
     x, weights = groups.split(x), None if weights is None else groups.split(weights)
     affine = groups.repeat(affine[0]), groups.repeat(affine[1])
-    y, origin, near = by_own_moments(x, affine, epsilon, weights, None)
-    pooled = pool_about(origin, near, lambda parts: sum_over(groups.add(parts), replicas))
+    y, origin, near = by_own_moments(x, affine, epsilon, weights, None)  # of this member alone
+    pooled = pool_centered(origin, near, lambda parts: sum_over(groups.add(parts), replicas))
     origin, near = jax.tree.map(groups.drop_axis, pooled)
     return groups.join(y), origin, near
 
@@ -159,7 +162,7 @@ def by_moments_of_groups(
 def check_batch(
     layout: Layout, x: Array, replicas: Replicas | None, groups: Groups | None
 ) -> Array:
-    """x, with a notice where its variance is zero whatever x holds."""
+    """Return x; computing it raises, or warns, if there is one value per feature."""
     if groups is not None:
         if math.prod([groups.smallest, *(x.shape[axis] for axis in layout.batch_axes[1:])]) != 1:
             return x

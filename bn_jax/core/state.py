@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Inexact, Num
 
-from bn_jax.core.averages import Average, new_weight
+from bn_jax.core.averages import Average, weight_of_new_batch
 from bn_jax.core.checks import as_floats, check_average, check_kind
 from bn_jax.core.dtypes import real_dtype, statistics_dtype
 from bn_jax.core.exported import exported
@@ -104,12 +104,12 @@ def advance(state: State, moments: Moments, average: Average, *, unbiased: bool 
     check_average(average)
     state, moments = lax.stop_gradient((state, moments))
     count = batches_seen(state)
-    new = new_weight(average, count, real_dtype(statistics_dtype(state.var.dtype)))
-    return moved(state, moments, count, new, unbiased)
+    new = weight_of_new_batch(average, count, real_dtype(statistics_dtype(state.var.dtype)))
+    return advanced(state, moments, count, new, unbiased)
 
 
 @functools.partial(jax.jit, static_argnames="unbiased")
-def moved(
+def advanced(
     state: BatchNormState, moments: Moments, count: Array, new: Array, unbiased: bool
 ) -> BatchNormState:
     """`advance`, with arguments that are checked; jitted, so that layers are traced once."""

@@ -65,13 +65,6 @@ MUTATIONS = [
         "monoid",
     ),
     Mutation(
-        "a constant feature passes half of a higher derivative on",
-        "moments.py",
-        "lax.select(var < 0, jnp.zeros_like(var), var)",
-        "jnp.maximum(var, jnp.zeros_like(var))",
-        "constant",
-    ),
-    Mutation(
         "pooling forgets how far the origins are from one another",
         "moments.py",
         "near.mean + (origin - everywhere)",
@@ -579,8 +572,8 @@ MUTATIONS = [
     Mutation(
         "groups are pooled by their rounded means",
         "standardize.py",
-        "pool_about(origin, near, lambda",
-        "pool_about(origin + near.mean, near._replace(mean=jnp.zeros_like(near.mean)), lambda",
+        "pool_centered(origin, near, lambda",
+        "pool_centered(origin + near.mean, near._replace(mean=jnp.zeros_like(near.mean)), lambda",
         "layouts",
     ),
     Mutation(
@@ -637,8 +630,8 @@ MUTATIONS = [
     Mutation(
         "the weights of past and batch are swapped",
         "state.py",
-        "    new = new_weight(average, count, real_dtype(statistics_dtype(state.var.dtype)))\n",
-        "    new = 1 - new_weight(average, count, real_dtype(statistics_dtype(state.var.dtype)))\n",
+        "new = weight_of_new_batch(",
+        "new = 1 - weight_of_new_batch(",
         "averages",
     ),
     Mutation(
@@ -818,8 +811,8 @@ MUTATIONS = [
     Mutation(
         "pooled states lose the variance between them",
         "pool_states.py",
-        "pool_by(Moments(mean, var, count",
-        "pool_by(Moments(0 * mean, var, count",
+        "pool_with(Moments(mean, var, count",
+        "pool_with(Moments(0 * mean, var, count",
         "pool_states",
     ),
     Mutation(
@@ -971,8 +964,8 @@ MUTATIONS = [
     Mutation(
         "a batch on several devices is cut",
         "core/xla/sums.py",
-        "return inner + [*axes[:1]] * alone",
-        "return inner + [*axes[:1]]",
+        "return inner + (list(axes[:1]) if alone else [])",
+        "return inner + list(axes[:1])",
         "sums",
     ),
     Mutation(

@@ -30,7 +30,7 @@ from bn_jax.core.xla.primitives import operation
 
 
 def rounded(x: Array) -> Array:
-    """Return x as its dtype has it, not the wider value that it was rounded from."""
+    """Return x. In half precision, XLA's CPU compiler cannot use the float32 value behind it."""
     return bind_rounded(x)[0] if jnp.finfo(x.dtype).bits < 32 else x
 
 
@@ -56,7 +56,7 @@ def save_statistics(operation: Any, *_: Any, **__: Any) -> bool:
 
 
 def same_everywhere(numbers: Array) -> Array:
-    """Numbers per feature that all kernels take from one place; a constant."""
+    """Return constants; XLA's GPU compiler cannot compute them again in several kernels."""
     return bind_same(lax.stop_gradient(numbers))[0]
 
 

@@ -31,11 +31,18 @@ def add_together(arrays: Sequence[Array], axes: Axes, alone: bool) -> list[Array
     On several devices with an Auto mesh, no axis is cut: types do not say how x is sharded there.
     """
     shape = arrays[0].shape
-    known = alone or jax.typeof(arrays[0]).sharding.mesh.are_all_axes_explicit
-    good = lambda parts: len(axes) == 1 or sums_well(arrays[0], axes, parts)  # noqa: E731
-    pays = known and len(shape) < 7 and isinstance(arrays[0].size, int) and arrays[0].size >= SMALL
-    for axis in local_axes(arrays[0], axes, alone) if pays else ():
-        blocks = max((n for n in range(4, 17) if shape[axis] % n == 0 and good(n)), default=0)
+    sharding_known = alone or jax.typeof(arrays[0]).sharding.mesh.are_all_axes_explicit
+    exact_enough = lambda parts: len(axes) == 1 or sums_well(arrays[0], axes, parts)  # noqa: E731
+    worth_it = (
+        sharding_known
+        and len(shape) < 7
+        and isinstance(arrays[0].size, int)
+        and arrays[0].size >= SMALL
+    )
+    for axis in local_axes(arrays[0], axes, alone) if worth_it else ():
+        blocks = max(
+            (n for n in range(4, 17) if shape[axis] % n == 0 and exact_enough(n)), default=0
+        )
         if blocks:
             cut = (*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
             arrays = lax.reduce(
@@ -59,7 +66,8 @@ def add_up(array: Array, axes: Axes) -> Array:
     """
     if array.ndim > 6:
         return collapsed(array, axes)
-    if len(axes) > 1 and not sums_well(array, axes):
+    in_blocks = jax.__version_info__ >= (0, 10) and sums_well(array, axes)
+    if len(axes) > 1 and not in_blocks:
         array = lax.optimization_barrier(jnp.sum(array, axes[1:], keepdims=True))
         axes = axes[:1]
     return jnp.sum(array, axes, keepdims=True)
@@ -86,16 +94,18 @@ def local_axes(x: Array, axes: Axes, alone: bool) -> list[int]:
     last, and only if the program runs on one device.
     """
     inner = [axis for axis in axes[1:] if jax.typeof(x).sharding.spec[axis] is None]
-    return inner + [*axes[:1]] * alone
+    return inner + (list(axes[:1]) if alone else [])
 
 
 def sums_well(array: Array, axes: Axes, parts: int = 1) -> bool:
-    """Whether a plain sum over one of some equal parts of an array loses no digits.
+    """Whether a plain sum over 1/parts of an array keeps its digits.
 
-    If the part is large, or if it has few values for each sum. An array of symbolic size
+    It does if that part is large, or if it has few values for each sum. An array of symbolic size
     (jax.export) may be of any size.
     """
     if not isinstance(array.size, int):
         return False
-    large = array.size // parts >= SMALL and jax.__version_info__ >= (0, 10)
-    return large or math.prod(array.shape[axis] for axis in axes) // parts <= FEW
+    return (
+        array.size // parts >= SMALL
+        or math.prod(array.shape[axis] for axis in axes) // parts <= FEW
+    )

@@ -116,7 +116,11 @@ def test_ours_writes_no_copy_of_x(shape=(16, 28, 28, 32)):
 
 
 @on_a_cpu
-@pytest.mark.xfail(strict=True, reason="XLA's CPU compiler does not fuse sibling reductions")
+@pytest.mark.xfail(
+    jax.__version_info__ >= (0, 10),
+    strict=True,
+    reason="XLA's CPU compiler does not fuse sibling reductions",
+)
 def test_xla_fuses_sibling_sums(shape=(16, 28, 28, 32)):
     """It writes d, which both sums read."""
 
@@ -128,7 +132,11 @@ def test_xla_fuses_sibling_sums(shape=(16, 28, 28, 32)):
 
 
 @on_a_cpu
-@pytest.mark.xfail(strict=True, reason="XLA's CPU compiler adds small arrays up one by one")
+@pytest.mark.xfail(
+    jax.__version_info__ >= (0, 10),
+    strict=True,
+    reason="XLA's CPU compiler adds small arrays up one by one",
+)
 def test_xla_adds_small_arrays_in_blocks(shape=(64, 20, 2, 3), axes=(0, 1, 3)):
     x = arrays(shape)[0] ** 2
     assert x.size < SMALL
@@ -153,4 +161,4 @@ print(jax.jit(lambda x: jnp.sum(x, (0, 1, 3, 6)))(x).sum())
 def test_xla_reduces_rank_eight():
     """In a process of its own, which may crash."""
     run = subprocess.run([sys.executable, "-c", RANK_EIGHT], capture_output=True, text=True)
-    assert run.stdout.strip() == "60480.0", run.stderr
+    assert run.stdout.strip() == "40320.0", run.stderr
