@@ -76,10 +76,11 @@ def add_up(array: Array, axes: Axes) -> Array:
 def collapsed(array: Array, axes: Axes) -> Array:
     """The sum of an array of more than six axes, neighbouring axes of a kind joined first.
 
-    Behaviour: jaxlib crashes on the CPU in reductions of rank 7 and 8 (jax-ml/jax#40412).
+    Behaviour: jaxlib crashes on the CPU in fused products and reductions of rank 7 and 8 with an
+    axis of length 1 (jax-ml/jax#40412, #39257).
     Seen on: jaxlib 0.10.2 and 0.11.0.
     Cost without: the process ends.
-    Canary: test_sums.py, `test_xla_reduces_rank_eight`.
+    Canary: test_sums.py, `test_xla_reduces_rank_seven`.
     """
     groups = [list(g) for _, g in groupby(range(array.ndim), key=lambda axis: axis in axes)]
     joined = array.reshape([math.prod(array.shape[axis] for axis in group) for group in groups])
