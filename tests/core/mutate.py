@@ -333,13 +333,6 @@ MUTATIONS = [
         "gradients",
     ),
     Mutation(
-        "polynomials forget the power",
-        "centered.py",
-        "slope = {k - 1: k * c for",
-        "slope = {k - 1: c + (k - 1) for",
-        "centered",
-    ),
-    Mutation(
         "polynomials forget that coefficients move",
         "centered.py",
         "moves = dict(zip(powers, rest_dots[timed:], strict=True))",
