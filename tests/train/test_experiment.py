@@ -122,8 +122,10 @@ def test_every_flag(options, tmp_path, main):
     jax.config.update("jax_default_device", device)
     folder = RunFolder(tmp_path / "run")
     assert folder.read_config() == TrainConfig(**options)
-    lines = records(folder.path)
-    assert [line["step"] for line in lines] == [0, 2] * len(folder.read_config().arms)
+    lines, config = records(folder.path), folder.read_config()
+    assert [line["step"] for line in lines] == [
+        step for _ in config.arms for step in (0, 2) for _ in config.all_seeds
+    ]
     summary = json.loads((folder.path / "summary.json").read_text())
     for arm, row in evaluate_run(folder).items():
         assert row["step"] == 2
