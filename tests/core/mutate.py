@@ -189,7 +189,7 @@ MUTATIONS = [
         "sums.py",
         "jnp.real(jnp.conj(a) * b) if",
         "jnp.real(a * b) if",
-        "accuracy",
+        "monoid",
     ),
     Mutation(
         "importances count",
@@ -267,7 +267,7 @@ MUTATIONS = [
         "centered.py",
         "    x = zero_unless(keep, x)  # before anything is computed from it, for debug_nans\n",
         "",
-        "state",
+        "centered",
     ),
     Mutation(
         "all that is masked out is dropped from y, finite or not",
@@ -496,7 +496,7 @@ MUTATIONS = [
         "normalize.py",
         "y = polynomial((1,), x, wide, origin, mean, [slope], weights=weights) + bias",
         "y = polynomial((0, 1), x, wide, origin, mean, [bias, slope], weights=weights)",
-        "gradients",
+        "state",
     ),
     # standardize.py
     Mutation(
@@ -726,7 +726,7 @@ MUTATIONS = [
         "batch_norm.py",
         "advance(state, moments, average, unbiased=unbiased)",
         "advance(state, moments, average)",
-        "averages",
+        "accuracy",
     ),
     Mutation(
         "training ignores the average that is asked for",
