@@ -177,7 +177,7 @@ def test_a_constant_has_the_third_derivatives_of_the_formula(x64, epsilon=0.5):
 
 
 def test_weighted_constants_of_any_size_become_bias_exactly(m=97, features=8192):
-    """One step to the mean leaves 1 in 60 off by units in the last place; the second lands on it."""
+    """One step to the mean leaves some off by units in the last place; the second lands on it."""
     random = np.random.default_rng(0)
     params, _ = bn.init(features)
     value = random.normal(size=features) * 10 ** random.uniform(-3, 3, features)
