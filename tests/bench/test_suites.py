@@ -100,7 +100,7 @@ def test_memory_keeps_x_and_numbers_per_feature():
     kept = {(r["dtype"], r["contender"]): r["residuals"] for r in report.rows}
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         x = math.prod(shape) * itemsize
-        assert x < kept[dtype, OURS] <= x + 8 * 4 * shape[-1]
+        assert x < kept[dtype, OURS] <= x + 10 * 4 * shape[-1]
         assert kept[dtype, "flax"] >= 2 * x
 
 

@@ -14,6 +14,7 @@ from bn_jax.train.config import TrainConfig
 from bn_jax.train.convolution import convolve
 from bn_jax.train.loop import build_gradients, run_chunk
 from bn_jax.train.placement import ONE_DEVICE
+from bn_jax.train.progress import begin
 from bn_jax.train.step import init_state, make_train_step
 
 FAST = "b01f_01io->b01f"
@@ -88,8 +89,8 @@ def orders_in_a_loop(config, digits):
     labels = jnp.asarray(digits.train_labels, jnp.int32)
     gradients = build_gradients(config, ONE_DEVICE)
     step = make_train_step(model, optimizer, config.binarization, gradients)
-    state = jax.eval_shape(lambda: init_state(model, optimizer, images[:2], 0))
-    lowered = run_chunk.lower(step, state, images, labels, steps=4, batch_size=20)
+    start = jax.eval_shape(lambda: begin(init_state(model, optimizer, images[:2], 0)))
+    lowered = run_chunk.lower(step, start, images, labels, steps=4, batch_size=20)
     text = lowered.compile().as_text()
     assert " while(" in text
     return re.findall(r" convolution\(.*dim_labels=(\S+?),? ", text)
