@@ -147,12 +147,14 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
 
 def evaluate(
     run: tyro.conf.Positional[Path],
+    statistics: Literal["running", "population", "batch"] = "running",
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
 ) -> None:
     """Score a run's newest checkpoints on the test set.
 
     Args:
         run: The run's folder, e.g. runs/2026-01-31-120000.
+        statistics: To normalize by. Population: measured anew on 200 training batches.
         data_dir: The folder with the data set's files.
     """
     quiet_orbax()
@@ -164,8 +166,9 @@ def evaluate(
         from bn_jax.train.run_folder import RunFolder
 
         status.update("scoring the test set")
-        results = evaluate_run(RunFolder(run), data_dir)
-    table = Table("", "step", "test accuracy", title=str(run), title_justify="left")
+        results = evaluate_run(RunFolder(run), data_dir, statistics)
+    title = f"{run}, {statistics} statistics"
+    table = Table("", "step", "test accuracy", title=title, title_justify="left")
     for arm, row in results.items():
         score = cell(row["test_accuracy"], row.get("plus_or_minus"), ".4f").replace("\n", " ")
         table.add_row(TITLES[arm], f"{row['step']:,}", score)

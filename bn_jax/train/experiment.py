@@ -30,7 +30,8 @@ from bn_jax.train.placement import make_placement
 from bn_jax.train.processes import check_same, is_first
 from bn_jax.train.progress import Progress
 from bn_jax.train.run_folder import RunFolder, metrics_line
-from bn_jax.train.step import TrainState, accuracy
+from bn_jax.train.scoring import Statistics, score
+from bn_jax.train.step import TrainState
 from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import estimate, summarize
 from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
@@ -237,14 +238,17 @@ def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in PLACES} | {"arm": arm}
 
 
-def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, dict[str, Any]]:
-    """The test accuracy of each arm's newest sound checkpoint, by its running statistics.
+def evaluate_run(
+    folder: RunFolder, data_dir: Path | None = None, statistics: Statistics = "running"
+) -> dict[Arm, dict[str, Any]]:
+    """The test accuracy of each arm's newest sound checkpoint.
 
     An arm without one, as in a run that was stopped early, is left out.
 
     Args:
         folder: of a run.
         data_dir: where the data set is, if no longer where the run had it.
+        statistics: what batch norms normalize by (`score`).
 
     Raises:
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
@@ -259,9 +263,9 @@ def evaluate_run(folder: RunFolder, data_dir: Path | None = None) -> dict[Arm, d
     results: dict[Arm, dict[str, Any]] = {}
     for arm in config.arms:
         if progress := load_progress(config, arm, data, folder):
-            model, test = build_model(config, arm), (data.test_images, data.test_labels)
+            model = build_model(config, arm)
             scores = [
-                accuracy(model, config.binarization, state, *test)
+                score(model, config.binarization, config.batch_size, state, data, statistics)
                 for state in members(progress.state, config.seeds)
             ]
             mean, half = estimate(scores)

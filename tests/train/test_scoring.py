@@ -1,0 +1,46 @@
+"""Scores by running, population and batch statistics."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.config import TrainConfig
+from bn_jax.train.experiment import members
+from bn_jax.train.loop import train
+from bn_jax.train.scoring import score
+from bn_jax.train.step import init_state
+
+CONFIG = TrainConfig(hidden=(16,), batch_size=20, steps=60, evaluate_every=60, learning_rate=1.0)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    with jax.numpy_dtype_promotion("standard"):
+        *_, (progress, _) = train(CONFIG, "batch", digits)
+    (state,) = members(progress.state, 1)
+    return state
+
+
+def scores(state, digits, arm="batch"):
+    model = build_model(CONFIG, arm)
+    return {
+        kind: score(model, CONFIG.binarization, CONFIG.batch_size, state, digits, kind)
+        for kind in ("running", "population", "batch")
+    }
+
+
+def test_statistics_that_were_lost_are_to_blame(trained, digits, lenient):
+    """Population and batch statistics do not read what is remembered."""
+    sound = scores(trained, digits)
+    lost = jax.tree.map(lambda leaf: leaf + 100, trained.batch_stats)
+    broken = scores(trained._replace(batch_stats=lost), digits)
+    assert broken["running"] < sound["running"] - 0.1
+    assert broken["population"] == sound["population"] > broken["running"]
+    assert broken["batch"] == sound["batch"] > broken["running"]
+
+
+def test_without_batch_norm_all_are_one(digits, lenient):
+    model, optimizer = build_model(CONFIG, "none"), build_optimizer(CONFIG)
+    state = init_state(model, optimizer, jnp.asarray(digits.train_images[:2]), 0)
+    assert len(set(scores(state, digits, "none").values())) == 1
