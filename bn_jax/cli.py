@@ -147,14 +147,16 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
 
 def evaluate(
     run: tyro.conf.Positional[Path],
-    statistics: Literal["running", "population", "batch"] = "running",
+    statistics: Annotated[
+        Literal["running", "population", "batch"], tyro.conf.arg(metavar="KIND")
+    ] = "running",
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
 ) -> None:
     """Score a run's newest checkpoints on the test set.
 
     Args:
         run: The run's folder, e.g. runs/2026-01-31-120000.
-        statistics: To normalize by. Population: measured anew on 200 training batches.
+        statistics: Normalize by running, population (200 training batches) or batch statistics.
         data_dir: The folder with the data set's files.
     """
     quiet_orbax()
