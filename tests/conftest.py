@@ -20,6 +20,7 @@ from jaxtyping import install_import_hook
 # Shapes in signatures are checked in tests only, at every call.
 install_import_hook(["bn_jax.core", "bn_jax.inference.fold"], "beartype.beartype")
 
+import hypothesis
 import jax
 import pytest
 
@@ -29,6 +30,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU, JAX multiplies matrices with 10 bits of precision unless it is told otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# How long an example takes says nothing about the code: the first one compiles, machines are busy.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
