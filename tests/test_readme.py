@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tyro
@@ -16,6 +17,7 @@ import tyro
 from bn_jax.bench.suites import SUITES
 from bn_jax.hints import check_used
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.scoring import Statistics
 from tests.core.test_transforms import CASES, TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +75,10 @@ def test_commands_are_accepted(command):
     if verb == "bench":
         assert not flags or (flags[0] == "--suite" and flags[1] in SUITES)
     elif verb == "evaluate":
-        assert flags in ([], ["RUN"])
+        assert flags[:1] in ([], ["RUN"])
+        if flags[1:]:
+            assert flags[1] == "--statistics"
+            assert flags[2] in get_args(Statistics)
     elif "--resume" in flags:
         assert (verb, flags) == ("train", ["--resume", "RUN"])
     elif verb == "--version":
