@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import bn_jax as bn
+from bn_jax.core.xla.notice import on_single_value
 from tests.devices import make_mesh
 
 PARAMS, STATE = bn.init(3)
@@ -59,3 +60,13 @@ def test_shapes_are_not():
 def test_inference_takes_one():
     y, _ = bn.batch_norm(X, PARAMS, STATE, train=False)
     assert y.shape == X.shape
+
+
+def test_a_notice_ends_with_its_context():
+    params, state = bn.init(3)
+    said = []
+    with on_single_value(said.append):
+        bn.batch_norm(jnp.ones((1, 3)), params, state, train=True)
+    assert len(said) == 1
+    with pytest.raises(ValueError, match="more than one value"):
+        bn.batch_norm(jnp.ones((1, 3)), params, state, train=True)
