@@ -1268,8 +1268,6 @@ MUTATIONS = [
 
 # Mutations that change nothing that can be seen, and why.
 EQUIVALENT = {
-    "core/xla/sums.py: arrays of rank seven are summed as they are": "jaxlib 0.10.2 crashes in "
-    "plain JAX (see the canary), but in none of our sums that were tried; the guard stays",
     "layout.py: a constant knows nothing of an explicit mesh": "`like_sums` gives numbers the type "
     "that x's sums have; a constant that has it already needs no operation for that",
     "sums.py: no stop_gradient in origin_of": "moments do not depend on the origin, so the "

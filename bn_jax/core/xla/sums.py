@@ -11,7 +11,6 @@ Canary: test_sums.py, `test_xla_fuses_sibling_sums`.
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -64,28 +63,11 @@ def add_up(array: Array, axes: Axes) -> Array:
     Cost without: sums of 4,032 squares are off by up to 7 units of roundoff instead of 1.5.
     Canary: test_sums.py, `test_xla_adds_small_arrays_in_blocks`.
     """
-    if array.ndim > 6:
-        return collapsed(array, axes)
     in_blocks = jax.__version_info__ >= (0, 10) and sums_well(array, axes)
     if len(axes) > 1 and not in_blocks:
         array = lax.optimization_barrier(jnp.sum(array, axes[1:], keepdims=True))
         axes = axes[:1]
     return jnp.sum(array, axes, keepdims=True)
-
-
-def collapsed(array: Array, axes: Axes) -> Array:
-    """The sum of an array of more than six axes, neighbouring axes of a kind joined first.
-
-    Behaviour: jaxlib crashes on the CPU in fused products and reductions of rank 7 and 8 with an
-    axis of length 1 (jax-ml/jax#40412, #39257).
-    Seen on: jaxlib 0.10.2 and 0.11.0.
-    Cost without: the process ends.
-    Canary: test_sums.py, `test_xla_reduces_rank_seven`.
-    """
-    groups = [list(g) for _, g in groupby(range(array.ndim), key=lambda axis: axis in axes)]
-    joined = array.reshape([math.prod(array.shape[axis] for axis in group) for group in groups])
-    total = joined.sum([n for n, group in enumerate(groups) if group[0] in axes])
-    return total.reshape([1 if axis in axes else n for axis, n in enumerate(array.shape)])
 
 
 def local_axes(x: Array, axes: Axes, alone: bool) -> list[int]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import bn_jax as bn
 from bn_jax.core.xla.sums import SMALL, add_together, add_up
 from tests.devices import make_mesh
 
@@ -160,15 +159,10 @@ print(jax.jit(lambda a, b: jnp.sum(a * b, axis=3))(x, x).sum())
     reason="jaxlib crashes in fused products and reductions of rank 7 with an axis of length 1",
 )
 def test_xla_reduces_rank_seven():
-    """In a process of its own, which may crash."""
+    """In a process of its own, which may crash (jax-ml/jax#40412).
+
+    Joining axes, before or after the product, does not help. No sum of ours was seen to crash:
+    test_state.py, `test_arrays_of_rank_seven`.
+    """
     run = subprocess.run([sys.executable, "-c", RANK_SEVEN], capture_output=True, text=True)
     assert run.stdout.strip() == "6144.0", run.stderr
-
-
-def test_ours_reduces_rank_seven(shape=(3, 1, 2, 2, 8, 8, 8)):
-    params, state = bn.init((3, 1, 2, 8, 8, 8))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    train = functools.partial(bn.batch_norm, train=True, feature_axis=(0, 1, 2, 4, 5, 6))
-    loss = lambda x: jnp.sum(train(x, params, state)[0] ** 3)  # noqa: E731
-    # Of two values, y is ±1 whatever they are.
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), np.zeros(shape), atol=1e-3)
