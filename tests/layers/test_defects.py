@@ -1,6 +1,6 @@
 """What is wrong with flax's own layers, shown in the flax that is installed, and what we do.
 
-Where the installed flax does not have a defect, the half that shows it is skipped and names it.
+If flax mends a defect, the half that shows it fails, since the README's table must then change.
 """
 
 import functools
@@ -40,6 +40,12 @@ def stats_after(norm, *batches, mask=None, **settings):
         _, updates = step(layer, variables, x, mask)
         variables = variables | updates
     return variables["batch_stats"]
+
+
+def test_a_mended_defect_is_reported(flax_still):
+    flax_still("0 (still there)", True)
+    with pytest.raises(pytest.fail.Exception, match=r"has mended defect 1 .*README's table"):
+        flax_still("1 (large mean)", False)
 
 
 class TestLargeMean:
