@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bn_jax as bn
 from bn_jax.explain import assert_independent
@@ -60,21 +61,61 @@ def test_evaluation_by_the_domain_of_each_example():
         close(y[number == DOMAIN], expected)
 
 
+# One run with several averages, as in .docs/recipes.md: the states of two layers, and the decays.
+
+DECAYS = np.float32([0.9, 0.99, 0.999])
+WEIGHTS = RANDOM.normal(0, 1, (2, 2, 2)).astype(np.float32)
+NETWORK = [(WEIGHTS[0], PARAMS), (WEIGHTS[1], PARAMS)]
+BATCHES = RANDOM.normal(5, 3, (8, 64, 2)).astype(np.float32)
+STACKED = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(DECAYS)), [STATE, STATE])
+
+
+def step(normalizer, network, states, decay, x):
+    """One step of gradient descent; the new network, and the new states."""
+
+    def loss(network):
+        y, new = x, []
+        for (kernel, params), state in zip(network, states, strict=True):
+            average = bn.DebiasedEma(decay)
+            y, state = normalizer(y @ kernel, params, state, train=True, average=average)
+            new, y = [*new, state], jnp.tanh(y)
+        return jnp.mean(y**2), new
+
+    grads, new = jax.grad(loss, has_aux=True)(network)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, network, grads), new
+
+
+def together(normalizer=bn.batch_norm):
+    return jax.vmap(partial(step, normalizer), (None, 0, 0, None), (None, 0))
+
+
 def test_averages_of_one_run_are_those_of_many_runs():
-    decays = np.float32([0.9, 0.99, 0.999])
-    batches = RANDOM.normal(5, 3, (20, 8, 2)).astype(np.float32)
+    one, many = jax.jit(partial(step, bn.batch_norm)), jax.jit(together())
+    network, states = NETWORK, STACKED
+    alone = [(NETWORK, [STATE, STATE]) for _ in DECAYS]
+    for x in BATCHES:
+        network, states = many(network, states, DECAYS, x)
+        runs = zip(alone, DECAYS, strict=True)
+        alone = [one(*run, decay, x) for run, decay in runs]
+    for n, (trained, expected) in enumerate(alone):
+        jax.tree.map(close, network, trained)
+        jax.tree.map(close, jax.tree.map(lambda s, n=n: s[n], states), expected)
 
-    @jax.jit
-    def step(states, x):
-        moments = bn.measure(x)
-        one = lambda state, decay: bn.advance(state, moments, bn.DebiasedEma(decay))  # noqa: E731
-        return jax.vmap(one)(states, decays)
 
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(decays)), STATE)
-    for x in batches:
-        many = step(many, x)
-    for n, decay in enumerate(decays):
-        alone = STATE
-        for x in batches:
-            _, alone = bn.batch_norm(x, PARAMS, alone, train=True, average=bn.DebiasedEma(decay))
-        jax.tree.map(close, jax.tree.map(lambda leaf, n=n: leaf[n], many), alone)
+def test_further_averages_cost_nothing_per_example():
+    """The batch is normalized once: what two more averages cost does not depend on its size."""
+
+    def operations(averages, examples):
+        states = jax.tree.map(lambda leaf: leaf[:averages], STACKED)
+        given = NETWORK, states, DECAYS[:averages], BATCHES[0][:examples]
+        return jax.jit(together()).lower(*given).cost_analysis()["flops"]
+
+    extra, extra_of_more = (operations(3, size) - operations(1, size) for size in (8, 64))
+    assert extra == extra_of_more
+    assert extra < operations(1, 64) / 10
+
+
+def test_renorm_reads_the_running_statistics_so_jax_refuses():
+    one_run = together(partial(bn.batch_renorm, r_max=3.0, d_max=5.0))
+    with pytest.raises(ValueError, match="out_axes"):
+        jax.eval_shape(one_run, NETWORK, STACKED, DECAYS, X)
