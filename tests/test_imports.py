@@ -18,7 +18,8 @@ import bn_jax.interop
 
 HEAVY = {"flax", "optax", "orbax", "matplotlib", "pooch", "tyro", "rich", "torch"}
 PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
-OURS = {f"bn_jax.{name}" for name in ("layers", "interop", "data", "train", "bench", "explain")} | {
+FOLDERS = ("layers", "interop", "data", "train", "bench", "explain", "conform")
+OURS = {f"bn_jax.{name}" for name in FOLDERS} | {
     "bn_jax.inference.fold_models",
     "bn_jax.inference.recalibrate",
 }
@@ -38,6 +39,7 @@ FORBIDDEN = {
     # converters know other libraries by the objects that are passed, and import none
     files_of(bn_jax.interop): HEAVY | PEERS | OURS - {"bn_jax.interop"},
     "bn_jax.layers": HEAVY,
+    "bn_jax.conform.oracle, bn_jax.conform.bars": HEAVY | OURS - {"bn_jax.conform"},
     "bn_jax.explain": HEAVY | OURS - {"bn_jax.explain"},
     "bn_jax.explain.models": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
     # flax itself loads rich, and its nnx optax

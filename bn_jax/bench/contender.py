@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bn_jax.bench.oracle import Outcome
+from bn_jax.conform.oracle import Outcome
 
 
 class Layer(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from bn_jax.bench.contender import Build, Functional, Layer, Make, Shape, functional_layer
-from bn_jax.bench.oracle import Outcome
+from bn_jax.conform.oracle import Outcome
 
 
 def ours(shape: Shape, decay: float, *, axis_name: str | None = None) -> Functional:

@@ -1,6 +1,6 @@
 """The accuracy bars, for the public default under jit, against float64 on the same inputs.
 
-bn_jax/bench/accuracy.py lists them and says how errors are measured.
+bn_jax/conform/bars.py lists them and says how errors are measured.
 """
 
 import functools
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.bench import oracle
-from bn_jax.bench.accuracy import errors, nominal_bars, normal, ulp
+from bn_jax.conform import oracle
+from bn_jax.conform.bars import errors, nominal_bars, normal, ulp
 
 pytestmark = pytest.mark.optimized
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bn_jax as bn
-from bn_jax.bench import oracle
-from bn_jax.bench.accuracy import errors, nominal_bars, normal
+from bn_jax.conform import oracle
+from bn_jax.conform.bars import errors, nominal_bars, normal
 from tests.core.draws import few, seeds
 
 pytestmark = pytest.mark.optimized

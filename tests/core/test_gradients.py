@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import bn_jax as bn
-from bn_jax.bench import oracle
+from bn_jax.conform import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bn_jax as bn
-from bn_jax.bench import oracle
+from bn_jax.conform import oracle
 from tests.core.draws import anything, batches, few, laws, normals, permutations
 
 pytestmark = pytest.mark.optimized

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bn_jax as bn
-from bn_jax.bench import oracle
-from bn_jax.bench.accuracy import errors, nominal_bars, normal
+from bn_jax.conform import oracle
+from bn_jax.conform.bars import errors, nominal_bars, normal
 from tests.devices import make_mesh, pmap
 
 ROWS, SHARDS, OFFSET = 128, 8, 1e4

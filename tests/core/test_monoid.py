@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 
 import bn_jax as bn
-from bn_jax.bench import oracle
+from bn_jax.conform import oracle
 from tests.core.draws import batches, labels, laws
 
 pytestmark = pytest.mark.optimized

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bn_jax as bn
-from bn_jax.bench import oracle
+from bn_jax.conform import oracle
 from bn_jax.core.state import batches_seen
 
 M, C = 8, 3

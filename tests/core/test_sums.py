@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bn_jax as bn
-from bn_jax.bench import oracle
+from bn_jax.conform import oracle
 from bn_jax.core.centered import part_mean
 from tests.devices import make_mesh
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import bn_jax as bn
-from bn_jax.bench.oracle import U
+from bn_jax.conform.oracle import U
 from tests.core.draws import few, seeds
 
 BAR = 2e-6
