@@ -56,6 +56,7 @@ class ChainLayer(NamedTuple):
         module: the layer itself, or any other callable.
         values: its parameters and statistics, by flax's names; empty if they are not needed.
         uses: in how many places of the model the layer, or one of its parameters, is used.
+        affine_in_call: whether it gets scale or bias in its call.
 
     >>> str(ChainLayer("layers_0", nn.Dense(3), {}))
     'layers_0 Dense'
@@ -65,6 +66,7 @@ class ChainLayer(NamedTuple):
     module: Any
     values: Mapping[str, Array]
     uses: int = 1
+    affine_in_call: bool = False
 
     def __str__(self) -> str:
         kind = getattr(self.module, "__name__", type(self.module).__name__)
@@ -189,6 +191,8 @@ def reason_itself(norm: ChainLayer) -> str | None:
     """Why the batch norm cannot be folded at all."""
     if norm.uses > 1:
         return f"is used {norm.uses} times"
+    if norm.affine_in_call:
+        return "gets scale or bias in its call"
     if norm.module.axis not in (-1, (-1,), [-1]):
         return f"has axis={norm.module.axis}, but the layers beside it have their features on -1"
     return None

@@ -26,6 +26,7 @@ from bn_jax.inference.fold_chain import (
 )
 
 INPUT, RESULT = "bn_jax.fold: input of ", "bn_jax.fold: result of "
+AFFINE = "bn_jax.fold: scale or bias in the call of "
 
 
 class Dataflow(NamedTuple):
@@ -35,8 +36,9 @@ class Dataflow(NamedTuple):
         after: layer -> the only layer that uses its result.
         before: layer -> the layer whose result is its input, even if others use that result too.
         uses: how often each layer is called.
+        affine: the batch norms that get scale or bias in their call.
 
-    >>> flow = Dataflow({"conv": "norm"}, {"norm": "conv"}, Counter(["conv", "norm"]))
+    >>> flow = Dataflow({"conv": "norm"}, {"norm": "conv"}, Counter(["conv", "norm"]), set())
     >>> flow.after["conv"]
     'norm'
     """
@@ -44,13 +46,17 @@ class Dataflow(NamedTuple):
     after: dict[str, str]
     before: dict[str, str]
     uses: Counter[str]
+    affine: set[str]
 
 
 def mark_call(name: str, call: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
     """Call a layer, with marks on its input and its result for `read_marks`."""
     if inputs:
         inputs = (checkpoint_name(inputs[0], INPUT + name), *inputs[1:])
-    return checkpoint_name(call(*inputs, **options), RESULT + name)
+    y = call(*inputs, **options)
+    if any(options.get(part) is not None for part in ("scale", "bias")):
+        y = checkpoint_name(y, AFFINE + name)
+    return checkpoint_name(y, RESULT + name)
 
 
 def trace(function: Any, *arguments: Any) -> Dataflow:
@@ -74,7 +80,7 @@ def trace(function: Any, *arguments: Any) -> Dataflow:
         filled = dict(enumerate(leaves)) | dict(zip(traced, arrays, strict=True))
         return function(*jax.tree.unflatten(structure, list(filled.values())))
 
-    dataflow = Dataflow({}, {}, Counter())
+    dataflow = Dataflow({}, {}, Counter(), set())
     read_marks(jax.make_jaxpr(run)(*(leaves[n] for n in traced)).jaxpr, dataflow)
     return dataflow
 
@@ -89,6 +95,8 @@ def read_marks(jaxpr: Any, dataflow: Dataflow) -> None:
         if mark.startswith(RESULT):
             returned[id(eqn.outvars[0])] = mark.removeprefix(RESULT)
             dataflow.uses[mark.removeprefix(RESULT)] += 1
+        elif mark.startswith(AFFINE):
+            dataflow.affine.add(mark.removeprefix(AFFINE))
         elif mark.startswith(INPUT) and id(eqn.invars[0]) in returned:
             name, before = mark.removeprefix(INPUT), returned[id(eqn.invars[0])]
             dataflow.before[name] = before
@@ -123,6 +131,10 @@ def fold_followers(
     gone: list[str] = []
     results: dict[str, FoldResult] = {}
     followers = set(dataflow.after.values())
+    layers = {
+        name: layer._replace(affine_in_call=name in dataflow.affine)
+        for name, layer in layers.items()
+    }
     for name in layers:
         if name in followers and layers[name].uses == 1:
             continue

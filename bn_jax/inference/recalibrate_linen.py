@@ -115,7 +115,12 @@ def moments_of(
 
 
 def arguments(
-    layer: nn.BatchNorm, x: Any, use_running_average: bool | None = None, *, mask: Any = None
+    layer: nn.BatchNorm,
+    x: Any,
+    use_running_average: bool | None = None,
+    *,
+    mask: Any = None,
+    **affine: Any,
 ) -> tuple[Any, bool | None, Any]:
     """What a layer was called with: x, whether it evaluates, and the mask."""
     given = layer.use_running_average if use_running_average is None else use_running_average

@@ -13,6 +13,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import bn_jax as bn
+from bn_jax.core.layout import read_layout
+from bn_jax.layers.affine import apply_affine, own_or_given, split_affine
+
+WITHOUT: dict[str, str] = dict.fromkeys(("weight", "bias"), "channelwise_affine=False")
 
 
 class BatchNorm(StatefulLayer):
@@ -112,6 +116,8 @@ class BatchNorm(StatefulLayer):
         key: Array | None = None,
         inference: bool | None = None,
         mask: Array | np.ndarray | None = None,
+        weight: Array | np.ndarray | None = None,
+        bias: Array | np.ndarray | None = None,
     ) -> tuple[Array, State]:
         """Normalize x by its own statistics (training) or by the running ones (inference).
 
@@ -122,18 +128,27 @@ class BatchNorm(StatefulLayer):
             inference: overrides the layer's.
             mask: which values the batch's statistics are computed over, as `where` in
                 `bn_jax.batch_norm`: a mask, integer counts or float weights.
+            weight: γ of this call, as in conditional batch norm and FiLM; make the layer with
+                channelwise_affine=False. One per feature, or, on a whole batch, one row of that
+                per example, or of x's rank and broadcastable to x.
+            bias: β of this call, likewise.
 
         Returns:
             (y, state), where y has x's shape and dtype.
 
         Raises:
             NameError: axis_name is not bound.
-            ValueError: training with one value per feature.
+            ValueError: training with one value per feature; weight or bias does not fit x, or the
+                layer has its own.
         """
+        x = jnp.asarray(x)
+        own = bn.BatchNormParams(self.weight, self.bias)
+        params = own_or_given(own, (weight, bias), WITHOUT)
+        params, outside = split_affine(params, x, read_layout(x, self.axis).axes)
         train = not (self.inference if inference is None else inference)
         y, moved = bn.batch_norm(
             x,
-            bn.BatchNormParams(self.weight, self.bias),
+            params,
             state.get(self.state_index),
             train=train,
             average=self.average,
@@ -144,4 +159,5 @@ class BatchNorm(StatefulLayer):
             axis_name=self.axis_name,
             group_size=self.group_size,
         )
+        y = apply_affine(y, outside)
         return y, state.set(self.state_index, moved) if train else state

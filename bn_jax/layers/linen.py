@@ -17,6 +17,7 @@ from bn_jax.core.moments import measure
 from bn_jax.core.normalize import BatchNormParams, normalize
 from bn_jax.core.state import BatchNormState
 from bn_jax.core.xla.notice import on_single_value
+from bn_jax.layers.affine import apply_affine, own_or_given, split_affine
 from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
@@ -104,6 +105,8 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: Array | np.ndarray | None = None,
+        scale: Array | np.ndarray | None = None,
+        bias: Array | np.ndarray | None = None,
     ) -> Array:
         """Normalize x by its own statistics (training) or by the running ones (evaluation).
 
@@ -117,6 +120,10 @@ class BatchNorm(nn.BatchNorm):
                 integer k counts it k times, and floats are weights, on any scale. The shape is
                 x's, or x's without the feature axes, or broadcastable to either. In evaluation it
                 only marks padding.
+            scale: γ of this call, as in conditional batch norm and FiLM; make the layer with
+                use_scale=False. One per feature, or one row of that per example, or of x's rank
+                and broadcastable to x.
+            bias: β of this call, likewise; make the layer with use_bias=False.
 
         Returns:
             y, with x's shape; its dtype is described at `dtype`.
@@ -125,7 +132,8 @@ class BatchNorm(nn.BatchNorm):
             TypeError: use_running_average is traced.
             ValueError: use_running_average is given twice or not at all; the shape of a variable
                 does not fit x; the shape of mask does not fit x, or fits in two ways;
-                axis_index_groups do not contain every index of the axis once.
+                axis_index_groups do not contain every index of the axis once; scale or bias does
+                not fit x, or the layer has its own.
             NameError: axis_name is not bound.
             flax.errors.ModifyScopeVariableError: a training step while `batch_stats` is immutable.
         """
@@ -142,20 +150,22 @@ class BatchNorm(nn.BatchNorm):
         count = None
         if self.average is not None and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.float32)
-        scale = bias = None
+        own = BatchNormParams(None, None)
         if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+            own = own._replace(scale=self.param("scale", self.scale_init, shape, self.param_dtype))
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        params = BatchNormParams(scale, bias)
+            own = own._replace(bias=self.param("bias", self.bias_init, shape, self.param_dtype))
+        params = own_or_given(own, (scale, bias))
         x, result = promote(x, params, self.dtype)
+        params, outside = split_affine(params, x, axes)
         where = read_mask(mask, x, axes)
 
         if self.is_initializing() and not evaluate:
             # No running statistics, no collective, and no warning about one value per feature.
             batch = measure(x, feature_axis=axes, where=where)
             options = {"epsilon": self.epsilon, "feature_axis": axes, "where": where}
-            return normalize(x, batch.mean, batch.var, params, **options).astype(result)
+            y = normalize(x, batch.mean, batch.var, params, **options)
+            return apply_affine(y, outside).astype(result)
 
         seen = batches_seen(None if count is None else count.value, mean.value)
         normalizer = choose_normalizer(self.renorm, self.unbiased, self.group_size)
@@ -176,4 +186,4 @@ class BatchNorm(nn.BatchNorm):
             mean.value, var.value = state.mean, state.var
             if count is not None:
                 count.value = state.count
-        return y.astype(result)
+        return apply_affine(y, outside).astype(result)

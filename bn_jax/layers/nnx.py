@@ -21,6 +21,7 @@ from bn_jax.core.layout import read_layout
 from bn_jax.core.normalize import BatchNormParams
 from bn_jax.core.state import BatchNormState
 from bn_jax.core.xla.notice import on_single_value
+from bn_jax.layers.affine import apply_affine, own_or_given, split_affine
 from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
@@ -182,6 +183,8 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: Array | np.ndarray | None = None,
+        scale: Array | np.ndarray | None = None,
+        bias: Array | np.ndarray | None = None,
     ) -> Array:
         """Normalize x by its own statistics (training) or by the running ones (evaluation).
 
@@ -192,6 +195,10 @@ class BatchNorm(nnx.BatchNorm):
                 integer k counts it k times, and floats are weights, on any scale. The shape is
                 x's, or x's without the feature axes, or broadcastable to either. In evaluation it
                 only marks padding.
+            scale: γ of this call, as in conditional batch norm and FiLM; make the layer with
+                use_scale=False. One per feature, or one row of that per example, or of x's rank
+                and broadcastable to x.
+            bias: β of this call, likewise; make the layer with use_bias=False.
 
         Returns:
             y, with x's shape; its dtype is described at `dtype`.
@@ -199,7 +206,8 @@ class BatchNorm(nnx.BatchNorm):
         Raises:
             TypeError: use_running_average is traced.
             ValueError: use_running_average is given nowhere; the shape of a variable does not fit
-                x; the shape of mask does not fit x, or fits in two ways.
+                x; the shape of mask does not fit x, or fits in two ways; scale or bias does not
+                fit x, or the layer has its own.
             NameError: axis_name is not bound.
             flax.errors.TraceContextError: a training step inside one of JAX's own transforms, with
                 a module from outside.
@@ -214,12 +222,13 @@ class BatchNorm(nnx.BatchNorm):
         x = jnp.asarray(x)
         axes = read_layout(x, self.axis).axes
         mean, var = self.mean[...], self.var[...]
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
+        own = (None if part is None else part[...] for part in (self.scale, self.bias))
+        scale, bias = own_or_given(BatchNormParams(*own), (scale, bias))
         with jax.numpy_dtype_promotion("standard"):
             x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         params = BatchNormParams(scale, bias)
         x, result = promote(x, params, self.dtype)
+        params, outside = split_affine(params, x, axes)
         seen = batches_seen(None if self.count is None else self.count[...], mean)
         momentum = self.momentum[...] if isinstance(self.momentum, nnx.Variable) else self.momentum
         normalizer = choose_normalizer(self.renorm, self.unbiased, self.group_size)
@@ -241,7 +250,7 @@ class BatchNorm(nnx.BatchNorm):
             remember(self.var, state.var)
             if self.count is not None:
                 remember(self.count, state.count)
-        return y.astype(result)
+        return apply_affine(y, outside).astype(result)
 
 
 def remember(variable: nnx.BatchStat[Array], value: Array) -> None:

@@ -1264,6 +1264,42 @@ MUTATIONS = [
         "    if True:\n",
         "layers/renorm",
     ),
+    # layers/affine.py
+    Mutation(
+        "scale and bias per feature are left out beside rows per example",
+        "layers/affine.py",
+        "    if full == features:\n",
+        "    if False:\n",
+        "layers/affine",
+    ),
+    Mutation(
+        "rows per example lie on the axis before the features",
+        "layers/affine.py",
+        "next((axis for axis in range(x.ndim) if axis not in axes), None)",
+        "max(axis for axis in range(x.ndim) if axis not in axes)",
+        "layers/affine",
+    ),
+    Mutation(
+        "a scale in the call replaces the layer's own without a word",
+        "layers/affine.py",
+        "if mine is not None and other is not None:",
+        "if False:",
+        "layers/affine",
+    ),
+    Mutation(
+        "the linen layer ignores scale and bias of the call",
+        "layers/linen.py",
+        "own_or_given(own, (scale, bias))",
+        "own_or_given(own, (None, None))",
+        "layers/affine",
+    ),
+    Mutation(
+        "a batch norm with scale in its call is folded",
+        "inference/fold_chain.py",
+        "    if norm.affine_in_call:\n",
+        "    if False:\n",
+        "layers/affine",
+    ),
 ]
 
 # Mutations that change nothing that can be seen, and why.

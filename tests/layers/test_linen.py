@@ -45,12 +45,13 @@ def test_constructor_is_flax_and_more():
 
 
 def test_call_is_flax():
+    """And what we add is by keyword, and may be left out."""
     ours, theirs = (
-        inspect.signature(layer.__call__).parameters for layer in (BatchNorm, nn.BatchNorm)
+        [(p.name, p.kind, p.default) for p in inspect.signature(layer.__call__).parameters.values()]
+        for layer in (BatchNorm, nn.BatchNorm)
     )
-    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in theirs.values()
-    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    assert ours == [*theirs, ("scale", keyword, None), ("bias", keyword, None)]
 
 
 def test_names_in_the_tree_are_flax():
