@@ -48,6 +48,12 @@ class Groups:
         groups = x.shape[self.axis] // self.size
         return x.reshape(*x.shape[: self.axis], groups, self.size, *x.shape[self.axis + 1 :])
 
+    def split_batch(self, x: Array, weights: Array | None) -> tuple[Array, Array | None]:
+        """Data and weights, split; what fills up the last group is masked out."""
+        if self.missing and weights is None:
+            weights = jnp.ones_like(x, bool)
+        return self.split(x), None if weights is None else self.split(weights)
+
     def join(self, x: Array) -> Array:
         """The inverse of `split`."""
         x = x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])

@@ -9,12 +9,15 @@ derivative,
 
 so that y = γ(x - μ)/σ + β, as at inference, while the derivative still flows through μ_B and σ_B.
 r and d are clipped, and training begins with no correction at all. This is `standardize` with
-other parameters: γr and β + γd.
+other parameters: γr and β + γd. With ghost groups, each group has its own r and d, as if vmap ran
+over groups.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -23,11 +26,13 @@ from jaxtyping import Inexact, Shaped
 
 from bn_jax.core.averages import Average, DebiasedEma
 from bn_jax.core.batch_norm import batch_norm
-from bn_jax.core.checks import as_floats, check_kind, check_train, is_concrete
-from bn_jax.core.moments import Moments, degrees_of_freedom, rest_of
+from bn_jax.core.checks import as_array, as_floats, check_kind, check_train, is_concrete
+from bn_jax.core.ghost import Groups, read_groups
+from bn_jax.core.layout import Layout, read_layout
+from bn_jax.core.moments import Moments, degrees_of_freedom, pool_with, rest_of
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.core.replicas import AxisIndexGroups, AxisName
-from bn_jax.core.standardize import standardize
+from bn_jax.core.replicas import AxisIndexGroups, AxisName, Replicas, read_replicas, sum_over
+from bn_jax.core.standardize import check_batch, standardize
 from bn_jax.core.state import BatchNormState, advance, batches_seen, read_state
 
 Limit = ArrayLike | Callable[[Array], ArrayLike]
@@ -48,6 +53,7 @@ def batch_renorm(
     where: Shaped[Array | np.ndarray, "..."] | Sequence[Any] | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    group_size: int | np.integer | None = None,
 ) -> tuple[Inexact[Array, "..."], BatchNormState]:
     """Batch norm whose training is corrected towards the running statistics.
 
@@ -75,6 +81,9 @@ def batch_renorm(
         where: which values count. A feature that is left with one value is not remembered.
         axis_name: pool over this named axis.
         axis_index_groups: pool within groups of that axis.
+        group_size: each group of this many neighbours on the leading batch axis is normalized by
+            its own statistics, with its own r and d. The state moves towards the statistics of all
+            groups together.
 
     Returns:
         (y, state), as `batch_norm`. The state's var is σ² - ε, so that all that takes the state of
@@ -95,22 +104,68 @@ def batch_renorm(
     True
     """
     check_train(train)
-    options = {"epsilon": epsilon, "feature_axis": feature_axis, "where": where}
+    options: dict[str, Any] = {"epsilon": epsilon, "feature_axis": feature_axis}
     if not train:
-        return batch_norm(x, params, state, train=False, **options)
+        return batch_norm(x, params, state, train=False, where=where, **options)
     check_kind("state", state, BatchNormState)
     check_kind("params", params, BatchNormParams)
-    options |= {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    x, state = as_array(x), lax.stop_gradient(read_state(state))
+    limits = [limit(name, value, state) for name, value in (("r_max", r_max), ("d_max", d_max))]
+    run = partial(standardize_corrected, params=params, state=state, limits=limits, **options)
+    layout = read_layout(x, feature_axis)
+    groups = read_groups(layout, x, group_size)
+    if groups is None:
+        y, moments = run(x, where, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    else:
+        replicas = read_replicas(axis_name, axis_index_groups)
+        y, moments = in_groups(run, x, where, layout, groups, replicas)
+    return y, remember(state, with_spread(moments), average, epsilon)
+
+
+def standardize_corrected(
+    x: Array,
+    where: Any,
+    *,
+    params: BatchNormParams,
+    state: BatchNormState,
+    limits: Sequence[Array],
+    **options: Any,
+) -> tuple[Array, Moments]:
+    """Y by the corrected statistics of x, and the moments of x."""
     # The compiler takes both calls' sums for one.
-    _, moments = standardize(x, BatchNormParams(None, None), **options)
-    moments, state = lax.stop_gradient((moments, read_state(state)))
+    _, moments = standardize(x, BatchNormParams(None, None), where=where, **options)
+    moments = lax.stop_gradient(moments)
+    epsilon = jnp.asarray(options["epsilon"], moments.var.dtype)
+    r, d = correction(with_spread(moments), state, epsilon, *limits)
+    y, _ = standardize(x, corrected(params, r, d), where=where, **options)
+    return y, moments
+
+
+def in_groups(
+    run: Callable[..., tuple[Array, Moments]],
+    x: Array,
+    where: Any,
+    layout: Layout,
+    groups: Groups,
+    replicas: Replicas | None,
+) -> tuple[Array, Moments]:
+    """Y of each ghost group, and the moments of all groups and replicas."""
+    x = check_batch(layout, x, replicas, groups)
+    x, weights = groups.split_batch(x, layout.full_weights(where, x))
+    axis = groups.axis
+    y, moments = jax.vmap(run, (axis, None if weights is None else axis), (axis, 0))(x, weights)
+
+    def add(parts: Any) -> Any:
+        summed = jax.tree.map(lambda part: jnp.sum(part, 0, keepdims=True), parts)
+        return sum_over(summed, replicas)
+
+    return groups.join(y), jax.tree.map(lambda part: part[0], pool_with(moments, add))
+
+
+def with_spread(moments: Moments) -> Moments:
+    """The moments, with a count of 0 where one value says nothing about σ."""
     left = degrees_of_freedom(moments.count, moments.squares)
-    count = jnp.where(left > 0, moments.count, jnp.zeros_like(left))
-    moments = moments._replace(count=count)  # one value says nothing about σ
-    limits = (limit(name, value, state) for name, value in (("r_max", r_max), ("d_max", d_max)))
-    r, d = correction(moments, state, jnp.asarray(epsilon, moments.var.dtype), *limits)
-    y, _ = standardize(x, corrected(params, r, d), **options)
-    return y, remember(state, moments, average, epsilon)
+    return moments._replace(count=jnp.where(left > 0, moments.count, jnp.zeros_like(left)))
 
 
 def correction(

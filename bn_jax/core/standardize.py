@@ -149,9 +149,7 @@ def by_moments_of_groups(
 
     Returns y, and, for the state, an origin and the moments of all groups and replicas.
     """
-    if groups.missing and weights is None:
-        weights = jnp.ones_like(x, bool)
-    x, weights = groups.split(x), None if weights is None else groups.split(weights)
+    x, weights = groups.split_batch(x, weights)
     affine = groups.repeat(affine[0]), groups.repeat(affine[1])
     y, origin, near = by_own_moments(x, affine, epsilon, weights, None)  # of this member alone
     pooled = pool_centered(origin, near, lambda parts: sum_over(groups.add(parts), replicas))

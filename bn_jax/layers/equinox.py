@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 import bn_jax as bn
 from bn_jax.core.layout import read_layout
 from bn_jax.layers.affine import apply_affine, own_or_given, split_affine
+from bn_jax.layers.normalizer import choose_normalizer
 
 WITHOUT: dict[str, str] = dict.fromkeys(("weight", "bias"), "channelwise_affine=False")
 
@@ -41,7 +43,7 @@ class BatchNorm(StatefulLayer):
       empty batch, or one that is not finite, leaves them unchanged;
     - accuracy, also in half precision: the statistics are at least float32;
     - axis names: they are optional and static, so trees of layers hold no strings;
-    - masks, weights and ghost batch norm, which equinox lacks.
+    - masks, weights, ghost batch norm and Batch Renormalization, which equinox lacks.
 
     Args:
         input_size: how many features; a shape if there are several feature axes.
@@ -55,8 +57,11 @@ class BatchNorm(StatefulLayer):
         axis: the feature axis of x, or several.
         average: another moving average, in place of DebiasedEma(momentum): a function from the
             number of batches seen to the weight of the past.
-        unbiased: multiply the running variance by m/(m - 1), as in the paper.
+        unbiased: multiply the running variance by m/(m - 1), as in the paper of batch norm. None
+            is True, and False with `renorm`, whose paper does not.
         group_size: ghost batch norm, as in `bn_jax.batch_norm`.
+        renorm: Batch Renormalization by the limits (r_max, d_max), such as (3.0, 5.0), numbers or
+            schedules of the number of batches; see `bn_jax.batch_renorm`.
 
     >>> import jax
     >>> x = jax.random.normal(jax.random.key(0), (8, 3)) * 5 + 2
@@ -78,6 +83,7 @@ class BatchNorm(StatefulLayer):
     average: Callable[[Array], ArrayLike] = eqx.field(static=True)
     unbiased: bool = eqx.field(static=True)
     group_size: int | None = eqx.field(static=True)
+    renorm: tuple[Any, Any] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -91,8 +97,9 @@ class BatchNorm(StatefulLayer):
         *,
         axis: int | Sequence[int] = 0,
         average: Callable[[Array], ArrayLike] | None = None,
-        unbiased: bool = True,
+        unbiased: bool | None = None,
         group_size: int | None = None,
+        renorm: tuple[Any, Any] | None = None,
     ):
         affine = {"use_scale": channelwise_affine, "use_bias": channelwise_affine}
         (self.weight, self.bias), state = bn.init(input_size, **affine, dtype=dtype)
@@ -105,8 +112,9 @@ class BatchNorm(StatefulLayer):
         self.axis = axis if isinstance(axis, int) else tuple(axis)
         self.eps = eps
         self.average = bn.DebiasedEma(momentum) if average is None else average
-        self.unbiased = unbiased
+        self.unbiased = renorm is None if unbiased is None else unbiased
         self.group_size = group_size
+        self.renorm = renorm
 
     def __call__(
         self,
@@ -146,7 +154,8 @@ class BatchNorm(StatefulLayer):
         params = own_or_given(own, (weight, bias), WITHOUT)
         params, outside = split_affine(params, x, read_layout(x, self.axis).axes)
         train = not (self.inference if inference is None else inference)
-        y, moved = bn.batch_norm(
+        normalizer = choose_normalizer(self.renorm, self.unbiased, self.group_size)
+        y, moved = normalizer(
             x,
             params,
             state.get(self.state_index),
@@ -155,9 +164,7 @@ class BatchNorm(StatefulLayer):
             epsilon=self.eps,
             feature_axis=self.axis,
             where=mask,
-            unbiased=self.unbiased,
             axis_name=self.axis_name,
-            group_size=self.group_size,
         )
         y = apply_affine(y, outside)
         return y, state.set(self.state_index, moved) if train else state

@@ -22,11 +22,11 @@ from bn_jax.core.normalize import BatchNormParams
 from bn_jax.core.state import BatchNormState
 from bn_jax.core.xla.notice import on_single_value
 from bn_jax.layers.affine import apply_affine, own_or_given, split_affine
+from bn_jax.layers.normalizer import choose_normalizer
 from bn_jax.layers.single_value import warn
 from bn_jax.layers.translate import (
     batches_seen,
     check_flag,
-    choose_normalizer,
     flax_average,
     mean_dtype,
     promote,
@@ -102,7 +102,7 @@ class BatchNorm(nnx.BatchNorm):
             together. None normalizes the whole batch.
         renorm: Batch Renormalization by the limits (r_max, d_max), such as (3.0, 5.0); see
             `bn_jax.batch_renorm`. A limit may be a schedule of the number of batches, for which
-            `average` is needed. Not with `unbiased` or `group_size`. None is batch norm.
+            `average` is needed. Not with `unbiased`. None is batch norm.
 
     >>> import jax
     >>> from flax import nnx

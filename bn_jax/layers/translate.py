@@ -5,8 +5,6 @@ For example: flax's rule for the dtype of the result, flax's masks, and the movi
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bn_jax.core.averages import Average, Ema
-from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.dtypes import statistics_dtype
 from bn_jax.core.normalize import BatchNormParams
-from bn_jax.core.renorm import batch_renorm
 
 
 def promote(x: Array, params: BatchNormParams, dtype: DTypeLike | None) -> tuple[Array, jnp.dtype]:
@@ -133,29 +129,6 @@ def read_mask(mask: ArrayLike | None, x: Array, axes: tuple[int, ...]) -> Array 
 def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether this shape broadcasts to a target shape of the same rank."""
     return all(a in (1, b) for a, b in zip(shape, target, strict=True))
-
-
-def choose_normalizer(
-    renorm: tuple[Any, Any] | None, unbiased: bool, group_size: int | None
-) -> Callable[..., Any]:
-    """`batch_norm`, or with limits of a correction `batch_renorm`.
-
-    Raises:
-        ValueError: renorm is no pair, or comes with unbiased or group_size.
-
-    >>> choose_normalizer((3.0, 5.0), False, None).keywords
-    {'r_max': 3.0, 'd_max': 5.0}
-    """
-    if renorm is None:
-        return partial(batch_norm, unbiased=unbiased, group_size=group_size)
-    if unbiased or group_size is not None:
-        raise ValueError(
-            "renorm averages standard deviations of whole batches, so it goes neither with "
-            f"unbiased={unbiased} nor with group_size={group_size}; leave them out"
-        )
-    if not isinstance(renorm, tuple | list) or len(renorm) != 2:
-        raise ValueError(f"renorm={renorm!r} must be a pair (r_max, d_max), e.g. (3.0, 5.0)")
-    return partial(batch_renorm, r_max=renorm[0], d_max=renorm[1])
 
 
 def check_flag(use_running_average: object) -> None:

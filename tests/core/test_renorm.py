@@ -196,6 +196,53 @@ def test_pooled_axes():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), new, expected_state)
 
 
+STATE = bn.BatchNormState(jnp.ones(4), jnp.full(4, 3.0), jnp.full(4, 5))
+nearly = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ghost_groups_are_corrected_alone_and_remembered_together(masked):
+    """Groups of 4, 4 and 2 on axis 1: y and gradients are those of each alone; the state is one."""
+    x, g, params = draw(m=10), draw(m=10, seed=1), learned()
+    where = np.arange(10) != 1 if masked else None
+
+    def loss(x, params, size, where, g):
+        options = {"feature_axis": 0, "where": where, "group_size": size} | CORRECTED
+        y, new = bn.batch_renorm(x, params, STATE, train=True, **options)
+        return (y * g).sum(), (y, new)
+
+    run = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    (dx, dparams), (y, new) = run(x.T, params, 4, where, g.T)
+    parts = []
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        mask = where if where is None else where[rows]
+        parts.append(run(x[rows].T, params, None, mask, g[rows].T))
+    nearly(y, np.concatenate([part for _, (part, _) in parts], 1))
+    nearly(dx, np.concatenate([part for (part, _), _ in parts], 1))
+    for found, *expected in zip(dparams, *(part for (_, part), _ in parts), strict=True):
+        nearly(found, sum(map(np.asarray, expected)))
+    _, (_, expected_state) = run(x.T, params, None, where, g.T)
+    jax.tree.map(nearly, new, expected_state)
+
+
+def test_ghost_groups_without_correction_are_ghost_batch_norm():
+    y, _ = bn.batch_renorm(draw(), learned(), STATE, train=True, group_size=4, **OFF)
+    same(y, bn.batch_norm(draw(), learned(), STATE, train=True, group_size=4)[0])
+
+
+def test_ghost_groups_within_the_members_of_an_axis():
+    """A member's groups are its own; the state is that of all members."""
+    x = draw(m=12)
+    call = partial(bn.batch_renorm, params=learned(), state=STATE, train=True, **CORRECTED)
+    member = partial(call, axis_name="n", group_size=4)
+    y, new = jax.vmap(member, axis_name="n", out_axes=(0, None))(x.reshape(2, 6, 4))
+    expected = [call(part)[0] for part in (x[:4], x[4:6], x[6:10], x[10:])]
+    nearly(y.reshape(12, 4), np.concatenate(expected))
+    jax.tree.map(nearly, new, call(x)[1])
+    with pytest.raises(ValueError, match="group_size=5 leaves a group of one"):
+        call(x[:6], group_size=5)
+
+
 def test_schedules_of_the_count():
     """Each feature is as far as its own count."""
     x = draw(features=2)

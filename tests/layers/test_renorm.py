@@ -1,4 +1,4 @@
-"""Batch Renormalization in the Flax layers: that of the core, with flax's variables."""
+"""Batch Renormalization in the layers: that of the core, with their variables."""
 
 import functools
 
@@ -24,18 +24,19 @@ LIMITS = {
 AVERAGE = bn.DebiasedEma(0.9)
 
 
-def in_core(xs, limits):
+def in_core(xs, limits, group_size):
     (params, state), ys = bn.init(3), []
     for x in xs:
         y, state = bn.batch_renorm(
-            x, params, state, train=True, r_max=limits[0], d_max=limits[1], average=AVERAGE
-        )
+            x, params, state, train=True, r_max=limits[0], d_max=limits[1], average=AVERAGE,
+            group_size=group_size,
+        )  # fmt: skip
         ys.append(y)
     return ys, state
 
 
-def in_linen(xs, limits):
-    layer, ys = bn_jax.layers.linen.BatchNorm(average=AVERAGE, renorm=limits), []
+def in_linen(xs, limits, **options):
+    layer, ys = bn_jax.layers.linen.BatchNorm(average=AVERAGE, renorm=limits, **options), []
     variables = layer.init(jax.random.key(0), xs[0], use_running_average=True)
     for x in xs:
         y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
@@ -45,20 +46,37 @@ def in_linen(xs, limits):
     return ys, bn.BatchNormState(stats["mean"], stats["var"], stats["count"]), evaluated
 
 
-def in_nnx(xs, limits):
-    layer = bn_jax.layers.nnx.BatchNorm(3, average=AVERAGE, renorm=limits, rngs=nnx.Rngs(0))
+def in_nnx(xs, limits, **options):
+    options |= {"average": AVERAGE, "renorm": limits}
+    layer = bn_jax.layers.nnx.BatchNorm(3, **options, rngs=nnx.Rngs(0))
     ys = [layer(x) for x in xs]
     layer.eval()
     state = bn.BatchNormState(layer.mean[...], layer.var[...], layer.count[...])
     return ys, state, layer(xs[0])
 
 
-@pytest.mark.parametrize("shell", [in_linen, in_nnx])
+def in_equinox(xs, limits, **options):
+    eqx = pytest.importorskip("equinox")
+    from bn_jax.layers.equinox import BatchNorm
+
+    layer, state = eqx.nn.make_with_state(BatchNorm)(
+        3, axis=-1, momentum=0.9, renorm=limits, **options
+    )
+    ys = []
+    for x in xs:
+        y, state = layer(x, state)
+        ys.append(y)
+    remembered = state.get(layer.state_index)
+    return ys, remembered, layer(xs[0], state, inference=True)[0]
+
+
+@pytest.mark.parametrize("shell", [in_linen, in_nnx, in_equinox])
 @pytest.mark.parametrize("limits", LIMITS)
-def test_that_of_the_core(shell, limits):
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_that_of_the_core(shell, limits, group_size):
     xs = [normal((8, 3), 2 * n, 1 + n, seed=n) for n in range(3)]
-    ys, state = in_core(xs, LIMITS[limits])
-    found, remembered, evaluated = shell(xs, LIMITS[limits])
+    ys, state = in_core(xs, LIMITS[limits], group_size)
+    found, remembered, evaluated = shell(xs, LIMITS[limits], group_size=group_size)
     jax.tree.map(close, found, ys)
     close(remembered.mean, state.mean)
     close(remembered.var, state.var)
@@ -71,7 +89,6 @@ def test_that_of_the_core(shell, limits):
     ("options", "message"),
     [
         ({"renorm": (3.0, 5.0), "unbiased": True}, "unbiased=True"),
-        ({"renorm": (3.0, 5.0), "group_size": 4}, "group_size=4"),
         ({"renorm": 3.0}, r"must be a pair \(r_max, d_max\)"),
     ],
 )
