@@ -16,7 +16,7 @@ import bn_jax
 import bn_jax.core
 import bn_jax.interop
 
-HEAVY = {"flax", "optax", "orbax", "matplotlib", "pooch", "tyro", "rich", "torch"}
+HEAVY = {"flax", "optax", "orbax", "matplotlib", "requests", "tyro", "rich", "torch"}
 PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
 FOLDERS = ("layers", "interop", "data", "train", "bench", "explain", "conform")
 OURS = {f"bn_jax.{name}" for name in FOLDERS} | {

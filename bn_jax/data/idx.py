@@ -3,8 +3,8 @@
     images:  magic 2051 | count | rows | columns | count * rows * columns bytes
     labels:  magic 2049 | count | count bytes
 
-Every number is 32 bits. The decoder believes nothing: what the header promises has to be there, to
-the byte.
+Every number of the header has 32 bits. The decoder refuses a file whose length is not exactly what
+the header says.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_jax.data.errors import unexpected
+from bn_jax.data.errors import DataError
 
 Kind = Literal["images", "labels"]
 
@@ -34,7 +34,7 @@ def decode_idx(
 
     Args:
         data: the whole file.
-        kind: what the file has to hold.
+        kind: what the file has to hold: images or labels.
         image_size: the rows and columns that images must have; ``None`` accepts any.
         file: what to call the data in error messages.
 
@@ -54,53 +54,46 @@ def decode_idx(
         Traceback (most recent call last):
         bn_jax.data.errors.DataError: IDX data: found 10 bytes, expected 11 bytes ...
     """
-    dimensions = MAGIC[kind] & 0xFF
-    header = struct.Struct(f">{1 + dimensions}I")
+    header = struct.Struct(f">{1 + (MAGIC[kind] & 0xFF)}I")
     if len(data) < header.size:
-        raise unexpected(
-            file,
-            found=f"{len(data)} bytes",
-            expected=f"a header of {header.size} bytes",
-            remedy="the file is cut short: get another copy",
+        raise DataError(
+            f"{file}: found {len(data)} bytes, expected a header of {header.size} bytes; the file "
+            "is cut short: get another copy"
         )
     magic, *shape = header.unpack_from(data)
     if magic != MAGIC[kind]:
-        raise unexpected(
-            file,
-            found=f"magic number {magic}",
-            expected=f"{MAGIC[kind]}, the magic number of {kind}",
-            remedy="this is another kind of file: was it renamed, or left compressed?",
+        raise DataError(
+            f"{file}: found magic number {magic}, expected {MAGIC[kind]}, the magic number of "
+            f"{kind}; this is another kind of file: was it renamed, or left compressed?"
         )
     if 0 in shape:
-        raise unexpected(
-            file,
-            found=f"dimensions {shape}",
-            expected="at least 1 in each",
-            remedy="the file is empty or damaged: get another copy",
+        raise DataError(
+            f"{file}: found dimensions {shape}, expected at least 1 in each; the file is empty or "
+            "damaged: get another copy"
         )
     if kind == "images" and image_size is not None and tuple(shape[1:]) != image_size:
-        raise unexpected(
-            file,
-            found=f"images of {shape[1]} x {shape[2]}",
-            expected=f"{image_size[0]} x {image_size[1]}",
-            remedy="this is another data set: get the right one",
+        raise DataError(
+            f"{file}: found images of {shape[1]} x {shape[2]}, expected {image_size[0]} x "
+            f"{image_size[1]}; this is another data set: get the right one"
         )
     # Python's integers do not overflow, so no header passes by the accident of large numbers.
     size = header.size + math.prod(shape)
     if len(data) != size:
-        raise unexpected(
-            file,
-            found=f"{len(data)} bytes",
-            expected=f"{size} bytes for dimensions {shape}",
-            remedy="the file is cut short or has something appended: get another copy",
+        raise DataError(
+            f"{file}: found {len(data)} bytes, expected {size} bytes for dimensions {shape}; the "
+            "file is cut short or has something appended: get another copy"
         )
     values = np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
     if kind == "labels" and values.max() >= CLASSES:
         first = int(np.argmax(values >= CLASSES))
-        raise unexpected(
-            file,
-            found=f"label {values[first]} at index {first}",
-            expected=f"labels from 0 to {CLASSES - 1}",
-            remedy="the file is damaged or of another data set: get another copy",
+        raise DataError(
+            f"{file}: found label {values[first]} at index {first}, expected labels from 0 to "
+            f"{CLASSES - 1}; the file is damaged or of another data set: get another copy"
         )
     return values
+
+
+def encode_idx(values: NDArray[np.uint8]) -> bytes:
+    """The IDX file of images or labels: the inverse of ``decode_idx``."""
+    header = struct.pack(f">{1 + values.ndim}I", 0x0800 + values.ndim, *values.shape)
+    return header + values.tobytes()

@@ -1,7 +1,7 @@
-"""Bytes from outside: never more of them than promised, and in the end exactly those promised.
+"""Three gates for bytes from outside, in the order in which the bytes pass them.
 
-Three gates, in the order in which bytes pass them: ``read_bounded`` (a file of any length must not
-fill memory), ``unpack`` (nor may a gzip bomb), ``verify`` (size and SHA-256).
+``read_bounded``: a file of any length must not fill memory. ``unpack``: nor may a gzip bomb.
+``verify``: the bytes have the size and the SHA-256 hash that the catalog gives.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 from bn_jax.data.catalog import CATALOG, DataFile
-from bn_jax.data.errors import unexpected
+from bn_jax.data.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
 # zlib's code for "a gzip header and trailer, and the largest window".
@@ -26,24 +26,27 @@ def read_bounded(path: Path, *, limit: int) -> bytes:
     with path.open("rb") as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:
-        raise unexpected(
-            str(path),
-            found=f"more than {limit:,} bytes",
-            expected="no more than that",
-            remedy="this is another file: get another copy",
-        )
+        raise too_long(str(path), limit)
     return data
 
 
+def too_long(file: str, limit: int, where: str = "") -> DataError:
+    """The error for more than ``limit`` bytes."""
+    return DataError(
+        f"{file}: found more than {limit:,} bytes{where}, expected no more than that; this is "
+        "another file: get another copy"
+    )
+
+
 def unpack(data: bytes, *, limit: int, file: str) -> bytes:
-    """Decompresses what is gzip, and passes on what is not.
+    """Decompresses gzip; returns anything else as it is.
 
     The content decides, not the name: an HTTP client may already have decompressed a ``.gz``, and
     no IDX or tar file begins with gzip's magic number.
 
     Args:
         data: a gzip file of one member, or anything else.
-        limit: decompression ends with an error after this many bytes and allocates no more.
+        limit: the longest content; decompression stops there.
         file: what to call the data in error messages.
 
     Raises:
@@ -60,59 +63,44 @@ def unpack(data: bytes, *, limit: int, file: str) -> bytes:
     if not data.startswith(GZIP_MAGIC):
         return data
     stream = zlib.decompressobj(GZIP_WINDOW_BITS)
-    another_copy = "the file is damaged: get another copy"
     try:
         content = stream.decompress(data, limit + 1)
     except zlib.error as error:
-        raise unexpected(
-            file, found=f"damaged gzip ({error})", expected="sound gzip", remedy=another_copy
+        raise DataError(
+            f"{file}: found damaged gzip ({error}), expected sound gzip; get another copy"
         ) from error
     if len(content) > limit:
-        raise unexpected(
-            file,
-            found=f"more than {limit:,} bytes inside gzip",
-            expected="no more than that",
-            remedy="this is another file: get another copy",
-        )
-    if not stream.eof:
-        raise unexpected(
-            file, found="gzip that breaks off", expected="its end", remedy=another_copy
-        )
-    if stream.unused_data:
-        raise unexpected(
-            file,
-            found=f"{len(stream.unused_data):,} bytes after the end of gzip",
-            expected="none",
-            remedy=another_copy,
-        )
-    return content
+        raise too_long(file, limit, " inside gzip")
+    if stream.eof and not stream.unused_data:
+        return content
+    found = "gzip that breaks off"
+    if stream.eof:
+        found = f"{len(stream.unused_data):,} bytes after the end of gzip"
+    raise DataError(f"{file}: found {found}, expected sound gzip; get another copy")
 
 
 def verify(data: bytes, file: DataFile) -> bytes:
-    """Returns ``data`` if it is, to the last bit, what the catalog says of ``file``.
+    """Returns ``data`` if it has the size and the hash that the catalog gives for ``file``.
 
     Raises:
         DataError: the size or the SHA-256 differs.
     """
+    remedy = "the file is damaged or of another data set: get another copy"
     if len(data) != file.size:
-        raise unexpected(
-            file.name,
-            found=f"{len(data):,} bytes",
-            expected=f"{file.size:,} bytes",
-            remedy="the file is incomplete or of another data set: get another copy",
+        raise DataError(
+            f"{file.name}: found {len(data):,} bytes, expected {file.size:,} bytes; {remedy}"
         )
     digest = hashlib.sha256(data).hexdigest()
-    if digest != file.sha256:
-        # The data sets share file names and sizes: one in place of the other is a likely mistake.
-        known = {
-            known.sha256: f" (of {entry.name}'s {known.name})"
-            for entry in CATALOG.values()
-            for known in entry.files
-        }
-        raise unexpected(
-            file.name,
-            found=f"SHA-256 {digest}{known.get(digest, '')}",
-            expected=file.sha256,
-            remedy="the file is damaged or of another data set: get another copy",
-        )
-    return data
+    if digest == file.sha256:
+        return data
+    # The data sets share file names and sizes: one in place of the other is a likely mistake.
+    owners = [
+        f" (of {entry.name}'s {known.name})"
+        for entry in CATALOG.values()
+        for known in entry.files
+        if known.sha256 == digest
+    ]
+    raise DataError(
+        f"{file.name}: found SHA-256 {digest}{''.join(owners[:1])}, expected {file.sha256}; "
+        f"{remedy}"
+    )

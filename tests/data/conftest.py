@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import http.server
-import struct
 import subprocess
 import sys
 import threading
@@ -14,12 +13,7 @@ import numpy as np
 import pytest
 
 from bn_jax.data.catalog import CatalogEntry, DataFile, NpmPackage
-
-
-def encode(values) -> bytes:
-    """The inverse of ``decode_idx``."""
-    header = struct.pack(f">{1 + values.ndim}I", 0x0800 + values.ndim, *values.shape)
-    return header + values.tobytes()
+from bn_jax.data.idx import encode_idx as encode
 
 
 class Synthetic(NamedTuple):

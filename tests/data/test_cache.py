@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bn_jax.data import DataError
-from bn_jax.data.cache import Cache, default_cache_dir
+from bn_jax.data.sources import Cache, default_cache_dir
 
 
 @pytest.fixture

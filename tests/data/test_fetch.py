@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from bn_jax.data import DataError, load
-from bn_jax.data.cache import Cache
 from bn_jax.data.catalog import CATALOG
-from bn_jax.data.fetch import fetch
-from bn_jax.data.load import remote_sources
+from bn_jax.data.load import fetch, remote_sources
 from bn_jax.data.mirror import Mirror
-from bn_jax.data.sources import Unavailable
+from bn_jax.data.sources import Cache, Unavailable
 
 
 @dataclass

@@ -43,7 +43,47 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path, synthetic, missing):
     fill(tmp_path, synthetic.contents, "raw")
     name = synthetic.entry.files[missing].name
     (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=f"neither {name} nor {name}.gz") as caught:
+    with pytest.raises(
+        DataError, match=f"neither {name} nor {name}.gz nor synthetic.npz"
+    ) as caught:
+        read_folder(synthetic.entry, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def save_npz(path, synthetic, change=lambda arrays: arrays):
+    arrays = decode(synthetic.entry, list(synthetic.contents.values()))
+    names = ("x_train", "y_train", "x_test", "y_test")
+    np.savez_compressed(path, **change(dict(zip(names, arrays, strict=True))))
+
+
+@pytest.mark.parametrize("place", [".", "synthetic"])
+def test_an_archive_of_arrays_passes_the_same_gates(tmp_path, synthetic, place):
+    """As Keras keeps MNIST: the values must be those of the files, to the bit."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    save_npz(tmp_path / place / "synthetic.npz", synthetic)
+    assert read_folder(synthetic.entry, tmp_path) == list(synthetic.contents.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x | {"x_train": x["x_train"] ^ (x["x_train"] == 7)}, "found SHA-256"),
+        (lambda x: x | {"x_train": x["x_train"][:-1]}, "found 14,912 bytes, expected 15,696"),
+        (lambda x: x | {"x_train": x["x_train"].astype(np.int64)}, "x_train.npy: found more than"),
+        (lambda x: x | {"x_train": np.zeros(10**6, np.uint8)}, "x_train.npy: found more than"),
+        (lambda x: x | {"x_train": np.array([{}])}, "no array x_train.npy that can be read"),
+        (lambda x: {"y_train": x["y_train"]}, "no array x_train.npy that can be read"),
+        (None, "no array x_train.npy that can be read"),
+    ],
+    ids=["value", "short", "wide", "bomb", "pickle", "missing", "junk"],
+)
+def test_an_archive_with_other_arrays_is_an_error(tmp_path, synthetic, change, message):
+    path = tmp_path / "synthetic.npz"
+    if change is None:
+        path.write_bytes(b"PK\x03\x04" + bytes(100))
+    else:
+        save_npz(path, synthetic, change)
+    with pytest.raises(DataError, match=message) as caught:
         read_folder(synthetic.entry, tmp_path)
     assert str(tmp_path) in str(caught.value)
 

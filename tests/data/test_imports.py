@@ -1,13 +1,13 @@
-"""Decoding needs numpy; pooch and rich are loaded when something is fetched, not before."""
+"""Decoding needs numpy; requests and rich are loaded when something is fetched, not before."""
 
 import subprocess
 import sys
 
 import pytest
 
-from bn_jax.data.cache import default_cache_dir
+from bn_jax.data.sources import default_cache_dir
 
-FETCHING = {"pooch", "rich", "requests", "urllib3"}
+FETCHING = {"platformdirs", "rich", "requests", "urllib3"}
 
 
 def loaded_by(statement):
@@ -17,15 +17,15 @@ def loaded_by(statement):
 
 
 def test_importing_loads_nothing_that_fetches():
-    assert not FETCHING & loaded_by("import bn_jax.data, bn_jax.data.idx, bn_jax.data.progress")
+    assert not FETCHING & loaded_by("import bn_jax.data, bn_jax.data.mirror, bn_jax.data.npm")
 
 
 def test_the_test_above_can_fail():
-    assert {"pooch", "rich"} <= loaded_by("import bn_jax.data, pooch, rich")
+    assert {"requests", "rich"} <= loaded_by("import bn_jax.data, requests, rich")
 
 
-def test_without_pooch_the_place_of_the_cache_is_unknown(monkeypatch):
+def test_without_platformdirs_the_place_of_the_cache_is_unknown(monkeypatch):
     monkeypatch.delenv("BN_JAX_CACHE", raising=False)
-    monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(ImportError, match=r"pip install pooch.*BN_JAX_CACHE.*data_dir"):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    with pytest.raises(ImportError, match=r"pip install platformdirs.*BN_JAX_CACHE.*data_dir"):
         default_cache_dir()

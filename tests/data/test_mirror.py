@@ -182,9 +182,9 @@ def test_wrong_bytes_do_not_pass(server, file, content, bad, message):
         verify(Mirror(server.url).read(file), file)
 
 
-def test_without_pooch_the_remedy_is_named(monkeypatch, file):
-    monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(Unavailable, match="pip install pooch"):
+def test_without_requests_the_remedy_is_named(monkeypatch, file):
+    monkeypatch.setitem(sys.modules, "requests", None)
+    with pytest.raises(Unavailable, match="pip install requests"):
         Mirror("https://mirror.invalid/").read(file)
 
 

