@@ -1,4 +1,4 @@
-"""The command line: `bn-jax train`, `sweep`, `evaluate` and `bench`, also as `python -m bn_jax`.
+"""The command line, `bn-jax COMMAND`, also as `python -m bn_jax COMMAND`.
 
 A command is a function; its arguments, types and docstring are its flags and its help. It imports
 what takes long itself, under a line that says so, so that help and mistakes answer at once.
@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -177,6 +178,33 @@ def evaluate(
     stdout.print(table)
 
 
+def explain(
+    run: tyro.conf.Positional[Path],
+    data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
+) -> None:
+    """Say why a run's networks evaluate otherwise than they trained.
+
+    - Prints, for each network with batch norm, how far the running statistics of
+      each layer are from the training images', the test accuracy by running,
+      population and batch statistics, what is wrong, and a remedy.
+    - Leaves explain.png in the run's folder.
+
+    Args:
+        run: The run's folder, e.g. runs/2026-01-31-120000.
+        data_dir: The folder with the data set's files.
+    """
+    quiet_orbax()
+    with stdout.status("loading JAX") as status:
+        from bn_jax.train.explaining import PICTURE, explain_run
+        from bn_jax.train.run_folder import RunFolder
+
+        status.update("comparing statistics")
+        for name, report in explain_run(RunFolder(run), data_dir):
+            text = str(report).replace("RUN", shlex.quote(str(run)))
+            print(f"{name}\n\n{text}\n")
+    stdout.print(f"Picture: [bold]{escape(str(run / PICTURE))}[/bold]", soft_wrap=True)
+
+
 def bench(
     suite: Literal[
         "all", "accuracy", "layer", "train-step", "memory", "compile", "scaling", "fold"
@@ -222,7 +250,13 @@ def bench(
         raise SystemExit(1)
 
 
-COMMANDS = {"train": train, "sweep": sweep, "evaluate": evaluate, "bench": bench}
+COMMANDS = {
+    "train": train,
+    "sweep": sweep,
+    "evaluate": evaluate,
+    "explain": explain,
+    "bench": bench,
+}
 
 
 def show_help() -> None:

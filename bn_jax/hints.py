@@ -112,8 +112,8 @@ def check_flags(command: str, known: Sequence[str], arguments: Sequence[str]) ->
         if flag not in known:
             shown = f"{flag} {value}".strip()
             hint = guess(flag, value, known, given) or f"see bn-jax {command} --help"
-            if command == "evaluate" and flag in FOLDERS:
-                hint = "give the run's folder without a flag: bn-jax evaluate RUN"
+            if command in ("evaluate", "explain") and flag in FOLDERS:
+                hint = f"give the run's folder without a flag: bn-jax {command} RUN"
             raise ValueError(f"{shown}: bn-jax {command} has no {flag}; {hint}")
     if "--hidden" in given:
         check_sizes(given["--hidden"])

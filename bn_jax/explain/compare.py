@@ -1,30 +1,44 @@
 """What a layer remembers, beside what the data are: numbers per feature, from which to judge.
 
 Both are taken for normal distributions, of which normalization knows no more: mean and variance,
-with ε. The distance between two is the symmetric Kullback-Leibler divergence
+with ε. Two figures say how far they are from each other. One is the symmetric Kullback-Leibler
+divergence
 
     J = ½ (v₁/v₂ + v₂/v₁ - 2) + ½ (μ₁ - μ₂)² (1/v₁ + 1/v₂),   v = σ² + ε,
 
 which is 0 for the same, about the squared shift in standard deviations for means, and about half
-the squared relative change for variances.
+the squared relative change for variances. The other is the root mean square by which the layer's
+output, before scale and bias, differs from what the data's own statistics would give.
+
+How far is far? The batches tell: each of them has statistics too, and their distances from the
+data are what a running average of one batch would have.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+import jax
+import numpy as np
 
-from bn_jax.core.population import Seen, finish
+from bn_jax.core.population import Seen
 from bn_jax.core.state import BatchNormState
-from bn_jax.core.sums import share, square
+
+Values = np.ndarray
+
+
+class Batches(NamedTuple):
+    """The statistics of what one layer normalized, [batches, features] in float64."""
+
+    mean: Values
+    var: Values
+    number: Values
 
 
 class Comparison(NamedTuple):
     """One layer, per feature.
 
     Attributes:
+        change: the root mean square of the change in output, in standard deviations of the output.
         distance: J of the running statistics and the training data.
         noise: what J would be on average for the statistics of a single batch, from how much the
             batches differ. A running average of n batches is at 1/n of it.
@@ -36,46 +50,147 @@ class Comparison(NamedTuple):
         new: the running statistics are 0 and 1, or 0 and 0, as before the first batch.
         finite: the running statistics are finite, and the variance is not negative.
         known: the training data have values and finite moments.
+        dead: no variance beside that of the other features: below 10⁻⁸ of their median.
+        exploding: a variance above 10⁸ times the median.
+        young: the share of the past in the running statistics, if they are an average that started
+            at 0 and 1 and has not forgotten it; else 0. One number for the layer.
+        one_batch: whether the running statistics could be those of one batch. For the layer.
     """
 
-    distance: Float[Array, "*features"]
-    noise: Float[Array, "*features"]
-    between: Float[Array, "*features"]
-    shift: Float[Array, "*features"]
-    epsilon: Float[Array, "*features"]
-    variance: Float[Array, "*features"]
-    new: Bool[Array, "*features"]
-    finite: Bool[Array, "*features"]
-    known: Bool[Array, "*features"]
+    change: Values
+    distance: Values
+    noise: Values
+    between: Values
+    shift: Values
+    epsilon: Values
+    variance: Values
+    new: Values
+    finite: Values
+    known: Values
+    dead: Values
+    exploding: Values
+    young: float
+    one_batch: bool
 
 
-def compare(
-    running: BatchNormState, training: Seen, evaluation: Seen | None, epsilon: ArrayLike
-) -> Comparison:
-    """What a layer remembers beside what it sees; a pure function, under jit and vmap too."""
-    data = finish(training, "pooled")
-    epsilon = jnp.asarray(epsilon, data.var.dtype)
-    v, between = data.var + epsilon, training.means.var
-    nan = jnp.full_like(v, jnp.nan)
-    return Comparison(
-        distance=divergence(running, data, epsilon),
-        noise=share(between, v) + share(share(training.variances.var, v), v) / 2,
-        between=share(between, between + training.variances.mean),
-        shift=nan
-        if evaluation is None
-        else divergence(finish(evaluation, "pooled"), data, epsilon),
-        epsilon=share(jnp.broadcast_to(epsilon, v.shape), v),
-        variance=data.var,
-        new=(running.mean == 0) & ((running.var == 1) | (running.var == 0)),
-        finite=jnp.isfinite(running.mean) & jnp.isfinite(running.var) & (running.var >= 0),
-        known=data.count > 0,
+def gather(batches: Iterable[Any]) -> list[Batches]:
+    """What each layer normalized, from what is seen of one batch at a time."""
+    layers: list[list[Seen]] = []
+    for batch in batches:
+        seen = jax.device_get(jax.tree.leaves(batch, is_leaf=lambda node: isinstance(node, Seen)))
+        layers = layers or [[] for _ in seen]
+        for layer, of_batch in zip(layers, seen, strict=True):
+            layer.append(of_batch)
+    return [stack(layer) for layer in layers]
+
+
+def stack(batches: list[Seen]) -> Batches:
+    """One layer's statistics as arrays."""
+
+    def table(values: Iterable[Any]) -> Values:
+        wide = [np.asarray(v) * np.float64(1) for v in values]
+        return np.stack(wide).reshape(len(wide), -1)
+
+    mean = table(b.means.mean for b in batches)
+    if batches[0].means.rest is not None:
+        mean = mean + table(b.means.rest for b in batches)
+    return Batches(
+        mean, table(b.variances.mean for b in batches), table(b.means.count for b in batches)
     )
 
 
-def divergence(a: BatchNormState, b: BatchNormState, epsilon: Array) -> Array:
-    """J of two states, per feature."""
-    wide = epsilon.dtype
-    v, w = a.var.astype(wide) + epsilon, b.var.astype(wide) + epsilon
-    moved = square(a.mean.astype(b.mean.dtype) - b.mean)
-    ratio = square(v - w) / (v * w)  # v/w + w/v - 2, without cancellation
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def compare(
+    running: BatchNormState, training: Batches, evaluation: Batches | None, epsilon: float
+) -> Comparison:
+    """What a layer remembers beside what it sees."""
+    mean, var = (np.asarray(part).reshape(-1) * np.float64(1) for part in running[:2])
+    center, within, between = parts_of(training)
+    known = training.number.sum(0) > 0
+    data = within + between
+    v, w = data + epsilon, var + epsilon
+    usual = np.median(data[known]) if known.any() else 0.0
+    dead = known & (data <= 1e-8 * usual)
+    finite = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
+    live = known & finite & ~dead
+    moved = abs(mean - center) ** 2
+    shift = np.full_like(v, np.nan)
+    if evaluation is not None:
+        other, inside, outside = parts_of(evaluation)
+        shift = divergence(abs(other - center) ** 2, inside + outside + epsilon, v)
+    weight = training.number / np.maximum(training.number.sum(0), 1)
+    steady = (weight * training.var).sum(0)
+    unsteady = (weight * (training.var - steady) ** 2).sum(0)
+    return Comparison(
+        change=np.sqrt((np.sqrt(v / w) - 1) ** 2 + moved / w),
+        distance=divergence(moved, w, v),
+        noise=between / v + unsteady / v**2 / 2,  # ½ t²/v² of variances that vary by t²
+        between=between / data,
+        shift=shift,
+        epsilon=epsilon / v,
+        variance=data,
+        new=(mean == 0) & ((var == 1) | (var == 0)),
+        finite=finite,
+        known=known,
+        dead=dead,
+        exploding=known & (data > 1e8 * usual) & (usual > 0),
+        young=young(mean[live], w[live], center[live], v[live], 1 + epsilon),
+        one_batch=could_be_one(mean, var, training, live),
+    )
+
+
+def parts_of(batches: Batches) -> tuple[Values, Values, Values]:
+    """The mean of all values, and their variance within and between batches, unbiased together."""
+    count = batches.number.sum(0)
+    weight = batches.number / np.maximum(count, 1)
+    mean = (weight * batches.mean).sum(0)
+    correction = np.where(count > 1, count / np.maximum(count - 1, 1), 1)
+    within = correction * (weight * batches.var).sum(0)
+    return mean, within, correction * (weight * abs(batches.mean - mean) ** 2).sum(0)
+
+
+def divergence(moved: Values, v: Values, w: Values) -> Values:
+    """J, per feature, of squared differences of means and two variances."""
+    ratio = (v - w) ** 2 / (v * w)  # v/w + w/v - 2, without cancellation
     return (ratio + moved * (1 / v + 1 / w)) / 2
+
+
+def young(mean: Values, var: Values, center: Values, v: Values, start: float) -> float:
+    """How much an average that started at 0 and `start` has kept of it, if that explains it.
+
+    Such an average is (1 - k)·data + k·(0, start) with the same k for all features; the least
+    squares k explains it where 9/10 of the squares are gone.
+    """
+    if not len(mean):
+        return 0.0
+    toward = np.concatenate([-center / np.sqrt(v), (start - v) / v])
+    gone = np.concatenate([(mean - center) / np.sqrt(v), (var - v) / v])
+    kept = float((np.conj(toward) @ gone).real / max((abs(toward) ** 2).sum(), 1e-300))
+    rest, whole = (float((abs(part) ** 2).sum()) for part in (gone - kept * toward, gone))
+    return kept if 0 < kept < 1 and rest < 0.1 * whole else 0.0
+
+
+def could_be_one(mean: Values, var: Values, training: Batches, live: Values) -> bool:
+    """Whether running statistics lie among those of single batches.
+
+    The errors of one batch's means and variances, each divided by their own standard deviations
+    over batches, have a mean square of 1 in expectation. Of an average of many batches it is much
+    smaller. Where the weights have moved since, it is not the same for both: the means are further
+    off than the variances, in some layers more than in others. So both have to lie within the range
+    that the batches have, which is as wide as features are few or alike. That is widened by a half
+    downwards, as an inverted momentum may keep some of the past (0.1: the variance falls to .82),
+    and by two upwards, as the last batch was seen by the weights of one step before.
+    """
+    batches = Batches(*(part[:, live] for part in training))
+    if len(batches.mean) < 10 or not live.any() or (batches.number <= 0).any():
+        return False
+    for value, of_batches in ((mean[live], batches.mean), (var[live], batches.var)):
+        middle, deviation = of_batches.mean(0), of_batches.std(0, ddof=1)
+        steady = deviation > 0
+        if not steady.any():
+            return False
+        errors = abs(np.vstack([value, of_batches]) - middle)[:, steady] / deviation[steady]
+        own, *others = (errors**2).mean(1)
+        if not min(others) / 1.5 <= own <= 2 * max(others):
+            return False
+    return True

@@ -1,14 +1,16 @@
 """`explain`: why evaluation disagrees with training, from statistics alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
-from bn_jax.core.population import Seen, include
+from bn_jax.core.population import include
 from bn_jax.core.state import BatchNormState
-from bn_jax.explain.compare import compare
+from bn_jax.explain.causes import Api, Cause
+from bn_jax.explain.compare import Batches, compare, gather
 from bn_jax.explain.report import Report, judge, summarize
 
 
@@ -34,7 +36,7 @@ def explain(
         epsilon: of the layers.
 
     Returns:
-        A `Report`: print it, or read its rows and findings.
+        A `Report`: print it, plot it, or read its rows and findings.
 
     Raises:
         ValueError: there are no batches.
@@ -42,47 +44,62 @@ def explain(
     >>> import jax.numpy as jnp, numpy as np, bn_jax as bn
     >>> data = np.random.default_rng(0).normal(5, 2, (50, 32, 3)).astype(np.float32)
     >>> moments = [{"norm": bn.measure(x)} for x in data]
-    >>> stale = {"norm": bn.init(3)[1]._replace(mean=jnp.ones(3), count=jnp.full(3, 9))}
+    >>> stale = {"norm": bn.BatchNormState(jnp.array([4.0, 5, 7]), jnp.ones(3) * 4, jnp.ones(3))}
     >>> print(explain(stale, moments, batch_size=32).verdict)
     other weights (all layers): running statistics do not belong to these weights: ...
+    Remedy:
+        states = bn_jax.recalibrate(forward, params, states, batches)
     >>> right = bn.population(moments)
     >>> print(explain(right, moments, batch_size=32).verdict)
     Nothing wrong: the running statistics are those of the training data.
     """
-    trained, evaluated = see(training), None if evaluation is None else see(evaluation)
-    return report(states, trained, evaluated, batch_size=batch_size, epsilon=epsilon)
+    named, _ = jax.tree.flatten_with_path(
+        states, is_leaf=lambda node: isinstance(node, BatchNormState)
+    )
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in named]
+
+    def see(batches: Iterable[Any]) -> dict[str, Batches]:
+        return dict(zip(names, gathered(include(None, b, "pooled") for b in batches), strict=True))
+
+    remembered = dict(zip(names, (state for _, state in named), strict=True))
+    return report(
+        remembered,
+        see(training),
+        None if evaluation is None else see(evaluation),
+        batch_size=batch_size,
+        epsilon=dict.fromkeys(names, epsilon),
+    )
 
 
 def report(
-    states: Any, trained: Any, evaluated: Any, *, batch_size: int, epsilon: ArrayLike = 1e-5
+    states: Mapping[str, BatchNormState],
+    training: Mapping[str, Batches],
+    evaluation: Mapping[str, Batches] | None,
+    *,
+    batch_size: int,
+    epsilon: Mapping[str, ArrayLike],
+    api: Api = "functional",
+    first: Cause | None = None,
 ) -> Report:
-    """`explain`, from what was seen."""
-    named, _ = jax.tree_util.tree_flatten_with_path(
-        states, is_leaf=lambda node: isinstance(node, BatchNormState)
-    )
-    layers = jax.tree.leaves(trained, is_leaf=is_seen)
-    others = [None] * len(layers)
-    if evaluated is not None:
-        others = jax.tree.leaves(evaluated, is_leaf=is_seen)
+    """`explain`, from what was seen, by the names of layers."""
+    seen = evaluation or {}
     rows = {
-        jax.tree_util.keystr(path, simple=True, separator="."): summarize(
-            compare(state, training, evaluation, epsilon), batch_size
+        name: summarize(
+            compare(state, training[name], seen.get(name), float(np.asarray(epsilon[name]))),
+            batch_size,
         )
-        for (path, state), training, evaluation in zip(named, layers, others, strict=True)
+        for name, state in states.items()
     }
-    return judge(rows)
+    return judge(rows, api, first)
 
 
-def see(batches: Iterable[Any]) -> Any:
-    """What is seen of all batches."""
-    seen = None
-    for batch in batches:
-        seen = include(seen, batch, "pooled")
-    if seen is None:
+def gathered(batches: Iterator[Any]) -> list[Batches]:
+    """What each layer saw in all batches.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = gather(batches)
+    if not layers:
         raise ValueError("there are no batches to compare the running statistics with")
-    return seen
-
-
-def is_seen(node: object) -> bool:
-    """Whether a node of a tree is what has been seen of one layer."""
-    return isinstance(node, Seen)
+    return layers

@@ -1,23 +1,28 @@
 """`explain_linen` and `explain_nnx`: why a Flax model's evaluation disagrees with its training."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
-from bn_jax.core.population import conclude
+from bn_jax.core.recalibrate import zeros
 from bn_jax.core.state import BatchNormState
-from bn_jax.explain.functional import report
+from bn_jax.explain.causes import TRAIN_FLAG, Api
+from bn_jax.explain.compare import Batches
+from bn_jax.explain.functional import gathered, report
+from bn_jax.explain.independence import assert_independent
 from bn_jax.explain.report import Report
-from bn_jax.inference.recalibrate_linen import see_linen
-from bn_jax.inference.recalibrate_nnx import batch_norms, see_nnx
-from bn_jax.inference.recording import check_known
+from bn_jax.inference import recalibrate_linen, recalibrate_nnx
+from bn_jax.layers.graph_mode import graph_mode
+
+EXAMPLES = 8  # of a batch, for the train flag: 6 derivatives
 
 
 def explain_linen(
@@ -26,37 +31,66 @@ def explain_linen(
     training: Iterable[Any],
     evaluation: Iterable[Any] | None = None,
     *,
+    evaluate: Callable[[Any, Any], Any] | None = None,
     batch_size: int | None = None,
-    epsilon: ArrayLike = 1e-5,
+    epsilon: ArrayLike | None = None,
 ) -> Report:
     """Why a flax.linen model's evaluation may disagree with its training.
 
+    Compares the running statistics of each batch norm, ours or flax's own, with what it normalizes
+    in training mode. Layers that evaluate in forward are left out.
+
     Args:
         forward: variables, batch -> what `model.apply` returns in training mode, with mutable
-            batch_stats, as in `recalibrate_linen`. The layers are ours or flax's own.
+            batch_stats, as in `recalibrate_linen`.
         variables: with the collection batch_stats.
         training: some training batches, 50 or more; each is what forward takes.
         evaluation: some evaluation batches. They go through the model in training mode too.
+        evaluate: variables, batch -> outputs, as the model is evaluated; to find a train flag that
+            was left on, by `assert_independent` on 8 examples.
         batch_size: the examples of a training batch; None for the length of its first array.
-        epsilon: of the layers.
+        epsilon: of the layers; None for each layer's own.
 
     Returns:
-        A `Report`: print it. Layers that evaluate in forward are left out.
+        A `Report`: print it, plot it, or read its rows and findings.
 
     Raises:
         ValueError: no batches, or none of the batch norms is in training mode.
+
+    >>> import flax.linen as nn, jax
+    >>> from bn_jax.layers.linen import BatchNorm
+    >>> model = nn.Sequential([nn.Dense(3), BatchNorm(use_running_average=False)])
+    >>> batches = jax.random.normal(jax.random.key(0), (50, 32, 2))
+    >>> variables = model.init(jax.random.key(1), batches[0])
+    >>> def forward(variables, x):
+    ...     return model.apply(variables, x, mutable=["batch_stats"])
+    >>> print(explain_linen(forward, variables, batches).summary)
+    never updated (all layers): running statistics are those of a new layer, 0 and 1: ...
     """
     flat = flatten_dict(variables["batch_stats"])
-    states = {
-        path[:-1]: state_of(flat[*path[:-1], "mean"], flat[path])
-        for path in flat
-        if path[-1] == "var"
-    }
+    paths = [path[:-1] for path in flat if path[-1] == "var"]
+    states = {path: state_of(flat[*path, "mean"], flat[*path, "var"]) for path in paths}
+    own = dict[Any, ArrayLike]()
 
-    def see(batches: Iterable[Any]) -> Any:
-        return see_linen(forward, variables, batches, "pooled")
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm):
+            own[context.module.path] = context.module.epsilon
+        return call(*args, **kwargs)
 
-    return explained(see, states, training, evaluation, batch_size, epsilon)
+    def see(batches: Iterable[Any]) -> Iterator[Any]:
+        step, blank = partial(recalibrate_linen.step, forward, "pooled", variables), None
+        for batch in batches:
+            if blank is None:
+                with nn.intercept_methods(note):
+                    blank = zeros(jax.eval_shape(step, None, batch))
+            yield step(blank, batch)
+
+    return explained(
+        *("linen", see, states, training, evaluation),
+        evaluate=None if evaluate is None else partial(evaluate, variables),
+        batch_size=batch_size,
+        epsilons=lambda path: own.get(path, 1e-5) if epsilon is None else epsilon,
+    )
 
 
 def explain_nnx(
@@ -65,59 +99,119 @@ def explain_nnx(
     training: Iterable[Any],
     evaluation: Iterable[Any] | None = None,
     *,
+    evaluate: Callable[[Any, Any], Any] | None = None,
     batch_size: int | None = None,
-    epsilon: ArrayLike = 1e-5,
+    epsilon: ArrayLike | None = None,
 ) -> Report:
-    """Why a flax.nnx model's evaluation may disagree with its training.
+    """Why a flax.nnx model's evaluation may disagree with its training: `explain_linen` for nnx.
 
     Args:
         forward: model, batch -> anything; calls the model as in training, as in `recalibrate_nnx`.
-            The layers are ours or flax's own.
         model: in training mode (`model.train()`); it stays as it is.
-        training: some training batches, 50 or more; each is what forward takes.
-        evaluation: some evaluation batches. They go through the model in training mode too.
-        batch_size: the examples of a training batch; None for the length of its first array.
+        training: as in `explain_linen`, like all that follow.
+        evaluation: batches.
+        evaluate: model, batch -> outputs; it gets a copy of the model.
+        batch_size: of a training batch.
         epsilon: of the layers.
 
     Returns:
-        A `Report`: print it. Layers that evaluate in forward are left out.
+        A `Report`.
 
     Raises:
         ValueError: no batches, or none of the batch norms is in training mode.
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> from bn_jax.layers.nnx import BatchNorm
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), BatchNorm(3, rngs=rngs))
+    >>> batches = jax.random.normal(jax.random.key(0), (50, 32, 2))
+    >>> print(explain_nnx(lambda model, x: model(x), model, batches).summary)
+    never updated (all layers): running statistics are those of a new layer, 0 and 1: ...
     """
-    layers = batch_norms(model).items()
+    layers = recalibrate_nnx.batch_norms(model)
     states = {
-        path: state_of(layer.mean.get_value(), layer.var.get_value()) for path, layer in layers
+        path: state_of(layer.mean.get_value(), layer.var.get_value())
+        for path, layer in layers.items()
     }
 
-    def see(batches: Iterable[Any]) -> Any:
-        return see_nnx(forward, model, batches, "pooled")
+    def see(batches: Iterable[Any]) -> Iterator[Any]:
+        with graph_mode():
+            graph, random, rest = nnx.split(model, nnx.RngState, ...)
+        step, blank = partial(recalibrate_nnx.step, forward, "pooled", graph), None
+        for batch in batches:
+            if blank is None:
+                blank = zeros(jax.eval_shape(step, random, rest, None, batch)[0])
+            seen, random = step(random, rest, blank, batch)
+            yield seen
 
-    return explained(see, states, training, evaluation, batch_size, epsilon)
+    def evaluate_copy(batch: Any) -> Any:
+        assert evaluate is not None
+        with graph_mode():
+            copy = nnx.merge(*nnx.split(model), copy=True)
+        return evaluate(copy, batch)
+
+    return explained(
+        *("nnx", see, states, training, evaluation),
+        evaluate=None if evaluate is None else evaluate_copy,
+        batch_size=batch_size,
+        epsilons=lambda path: layers[path].epsilon if epsilon is None else epsilon,
+    )
 
 
 def explained(
-    see: Callable[[Iterable[Any]], Any],
+    api: Api,
+    see: Callable[[Iterable[Any]], Iterator[Any]],
     states: dict[Any, BatchNormState],
     training: Iterable[Any],
     evaluation: Iterable[Any] | None,
+    *,
+    evaluate: Callable[[Any], Any] | None,
     batch_size: int | None,
-    epsilon: ArrayLike,
+    epsilons: Callable[[Any], ArrayLike],
 ) -> Report:
     """The report on what is seen of both kinds of batches."""
     batches = iter(training)
     first = list(itertools.islice(batches, 1))
-    trained = see(itertools.chain(first, batches))
-    check_known(conclude(trained, "pooled"))
-    evaluated = None if evaluation is None else see(evaluation)
-    used = {path for path, seen in trained.items() if np.any(seen.means.count)}
 
-    def named(layers: Any) -> Any:
-        return {".".join(map(str, path)): layers[path] for path in states if path in used}
+    def named(batches: Iterable[Any]) -> dict[Any, Batches]:
+        """By path; in the order of the paths that JAX gives to dictionaries."""
+        paths: list[Any] = []
 
-    batch_size = len(jax.tree.leaves(first)[0]) if batch_size is None else batch_size
-    evaluated = None if evaluated is None else named(evaluated)
-    return report(named(states), named(trained), evaluated, batch_size=batch_size, epsilon=epsilon)
+        def keyed(seen: dict[Any, Any]) -> list[Any]:
+            paths[:] = seen
+            return list(seen.values())
+
+        return dict(zip(paths, gathered(map(keyed, see(batches))), strict=True))
+
+    trained = named(itertools.chain(first, batches))
+    evaluated = None if evaluation is None else named(evaluation)
+    used = [path for path in states if trained[path].number.any()]
+    if not used:
+        raise ValueError(
+            "no batch norm normalized by the batch, or nothing was finite, so there is nothing to "
+            "compare; call the model as in training: train=True or use_running_average=False, or "
+            "model.train() before"
+        )
+    names = {path: ".".join(map(str, path)) for path in used}
+    return report(
+        {names[path]: states[path] for path in used},
+        {names[path]: trained[path] for path in used},
+        None if evaluated is None else {names[path]: evaluated[path] for path in used},
+        batch_size=len(jax.tree.leaves(first)[0]) if batch_size is None else batch_size,
+        epsilon={names[path]: epsilons(path) for path in used},
+        api=api,
+        first=TRAIN_FLAG if evaluate and depends(evaluate, first[0]) else None,
+    )
+
+
+def depends(evaluate: Callable[[Any], Any], batch: Any) -> bool:
+    """Whether an output for an example depends on other examples."""
+    try:
+        assert_independent(evaluate, jax.tree.map(lambda leaf: leaf[:EXAMPLES], batch))
+    except AssertionError:
+        return True
+    return False
 
 
 def state_of(mean: Any, var: Any) -> BatchNormState:

@@ -1,28 +1,33 @@
 """From numbers per feature to a table, a verdict, and what to do."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from bn_jax.explain.causes import CAUSES, Api, Cause
 from bn_jax.explain.compare import Comparison
 
-RECALIBRATE = (
-    "take new statistics from training batches: bn_jax.population, or "
-    "bn_jax.inference.recalibrate.recalibrate_linen and recalibrate_nnx"
-)
+NUMBERS = ("change", "distance", "noise", "purity", "shift", "epsilon")
+COUNTS = ("dead", "exploding", "new", "broken", "unknown")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer in numbers: medians over its live features, and how many features are conspicuous.
+    """One layer in numbers, and how many of its features are conspicuous.
+
+    `distance`, `noise`, `purity`, `shift` and `epsilon` are medians over live features.
 
     Attributes:
+        change: by how many standard deviations the layer's output changes, before scale and bias,
+            where the running statistics take the place of the data's: the root mean square over
+            live features.
         distance: J of the running statistics and the training data.
-        ratio: distance over what a single batch's statistics would have.
-        noise: what a single batch's statistics would have: how much training differs from
+        ratio: distance over noise.
+        noise: what J a single batch's statistics would have: how much training differs from
             inference through the batch alone.
         purity: the share of variance between the batches' means, times the examples of a batch.
             About 1 or less for batches drawn at random.
@@ -30,11 +35,16 @@ class Row:
         epsilon: the share of ε in σ² + ε.
         features: how many.
         dead: of these, how many have no variance beside that of the others (10⁻⁸ of the median).
+        exploding: how many have a variance of more than 10⁸ times the median.
         new: how many have statistics as before the first batch.
         broken: how many have statistics that are not finite, or a negative variance.
         unknown: for how many the training data are not finite.
+        young: the share of the initial 0 and 1 in the running statistics, where that explains them.
+        one_batch: the running statistics could be those of a single batch.
+        of_features: the numbers of each feature.
     """
 
+    change: float
     distance: float
     ratio: float
     noise: float
@@ -43,94 +53,13 @@ class Row:
     epsilon: float
     features: int
     dead: int
+    exploding: int
     new: int
     broken: int
     unknown: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Cause:
-    """Something that may be wrong: when, and what to do about it.
-
-    The thresholds were set on networks of three dense layers on MNIST, of seven seeds, and tried on
-    five others: 65 runs with a fault and 35 without, all judged right.
-    """
-
-    name: str
-    found: Callable[[Row], bool]
-    says: str
-    remedy: str
-    everywhere: bool = False  # only if all layers are conspicuous
-
-
-# In the order of how surely each one alone explains a bad evaluation.
-CAUSES = (
-    Cause(
-        "not finite",
-        lambda row: row.broken > 0,
-        "running statistics are not finite, or a variance is negative",
-        "find the step that spoiled them (jax.debug_nans); bn_jax's own layers keep what is not "
-        "finite out. Then " + RECALIBRATE,
-    ),
-    Cause(
-        "data not finite",
-        lambda row: row.unknown > 0,
-        "what the layer sees in training is not finite, or nothing",
-        "look at the weights and inputs before this layer (jax.debug_nans)",
-    ),
-    Cause(
-        "never updated",
-        lambda row: row.new > row.features // 2,
-        "running statistics are those of a new layer: 0 and 1",
-        "keep the new state: use what batch_norm returns; linen: mutable=['batch_stats']; nnx: "
-        "nnx.jit; a checkpoint without statistics: " + RECALIBRATE,
-    ),
-    Cause(
-        "pure batches",
-        lambda row: row.purity > 3,
-        "training batches differ by more than chance: sorted, or of few classes each",
-        "shuffle; where batches must be so, bn_jax.batch_renorm or frozen statistics",
-    ),
-    Cause(
-        "other weights",
-        lambda row: row.distance > 0.05 and row.ratio > 1.3,
-        "running statistics do not belong to these weights: stale, of another checkpoint, or of "
-        "weights that were averaged since",
-        RECALIBRATE,
-    ),
-    Cause(
-        "inverted momentum",
-        lambda row: 0.32 < row.ratio < 2,
-        "running statistics are those of about one batch: the momentum looks inverted",
-        "the weight of the past is near 1 (0.99), where torch's momentum is the weight of the new "
-        "batch: decay = 1 - momentum",
-        everywhere=True,
-    ),
-    Cause(
-        "shifted evaluation",
-        lambda row: row.shift > 0.1,
-        "evaluation data are distributed otherwise than training data",
-        "compare the preprocessing of both (scale, mean, color order)",
-    ),
-    Cause(
-        "epsilon",
-        lambda row: row.epsilon > 0.5,
-        "ε is larger than the variance of most features, so they come out too small",
-        "a smaller epsilon, or inputs of a larger scale",
-    ),
-    Cause(
-        "small batches",
-        lambda row: row.noise > 0.2,
-        "batches are so small that their statistics say little about the population's",
-        "larger batches; pooling over devices (axis_name); bn_jax.batch_renorm; frozen statistics",
-    ),
-    Cause(
-        "dead features",
-        lambda row: row.dead > 0,
-        "features are constant over the training data: they carry nothing but bias",
-        "a smaller learning rate or other initial values; such features may be pruned",
-    ),
-)
+    young: float
+    one_batch: bool
+    of_features: Comparison = dataclasses.field(repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,49 +77,93 @@ class Report:
     Attributes:
         rows: one for each layer, by its name.
         findings: the causes found, the most telling first; none is "nothing wrong".
+        api: what remedies are written for.
+        scores: accuracies by the statistics that normalize, if they were measured.
     """
 
     rows: Mapping[str, Row]
     findings: tuple[Finding, ...]
+    api: Api = "functional"
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """One sentence on the first cause."""
+        if not self.findings:
+            return "Nothing wrong: the running statistics are those of the training data."
+        cause, layers, of = self.findings[0].cause, self.findings[0].layers, len(self.rows)
+        label = dict(zip(self.rows, short(self.rows), strict=True))
+        where = f" ({', '.join(label[name] for name in layers)})" if layers else ""
+        if len(layers) == of or len(layers) > 3:
+            where = " (all layers)" if len(layers) == of else f" ({len(layers)} of {of} layers)"
+        return f"{cause.name}{where}: {cause.says}."
+
+    @property
+    def remedy(self) -> str:
+        """What to do about the first cause: lines of code, none if nothing is wrong."""
+        return self.findings[0].cause.remedy[self.api] if self.findings else ""
 
     @property
     def verdict(self) -> str:
-        """One sentence on the first cause, and its remedy."""
-        if not self.findings:
-            return "Nothing wrong: the running statistics are those of the training data."
-        first = self.findings[0]
-        where = "all layers" if len(first.layers) == len(self.rows) else ", ".join(first.layers)
-        also = ", ".join(finding.cause.name for finding in self.findings[1:])
-        text = f"{first.cause.name} ({where}): {first.cause.says}.\nRemedy: {first.cause.remedy}."
-        return f"{text}\nAlso: {also}." if also else text
+        """The first cause, its remedy, and the names of the other causes."""
+        parts = [self.summary]
+        if self.findings:
+            parts += ["Remedy:", textwrap.indent(self.remedy, "    ")]
+        if others := [finding.cause.name for finding in self.findings[1:]]:
+            parts.append(f"Also: {', '.join(others)}.")
+        return "\n".join(parts)
 
     def __str__(self) -> str:
-        names = ("distance", "ratio", "noise", "purity", "shift", "epsilon")
-        counts = ("features", "dead", "new", "broken")
-        width = max(map(len, ("layer", *self.rows)))
-        lines = [f"{'layer':{width}} " + "".join(f"{name:>9}" for name in (*names, *counts))]
-        for layer, row in self.rows.items():
-            numbers = [f"{getattr(row, name):9.2g}" for name in names]
-            lines.append(
-                f"{layer:{width}} {''.join(numbers)}"
-                + "".join(f"{getattr(row, name):9d}" for name in counts)
-            )
+        labels = short(self.rows)
+        width = max(map(len, ("layer", *labels)))
+        lines = [f"{'layer':{width}} " + "".join(f"{n:>9}" for n in NUMBERS) + "  features"]
+        for label, row in zip(labels, self.rows.values(), strict=True):
+            numbers = "".join(f"{getattr(row, name):9.2g}" for name in NUMBERS)
+            counts = [f"{count} {name}" for name in COUNTS if (count := getattr(row, name))]
+            of = f": {', '.join(counts)}" if counts else ""
+            lines.append(f"{label:{width}} {numbers}  {row.features}{of}")
+        if self.scores:
+            scores = ", ".join(f"{value:.4f} {name}" for name, value in self.scores.items())
+            lines += ["", f"accuracy by statistics: {scores}"]
         return "\n".join([*lines, "", self.verdict])
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A picture of it: how far each layer's statistics are off, and the accuracies.
 
-def summarize(comparison: Comparison, batch_size: int) -> Row:
+        Args:
+            path: where to write it as a PNG; a whole file, or none.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from bn_jax.explain.picture import draw, to_png
+        from bn_jax.files import write_whole
+
+        figure = draw({"": self})
+        if path is not None:
+            write_whole(Path(path), to_png(figure))
+        return figure
+
+
+def short(names: Iterable[str]) -> list[str]:
+    """The names of layers without a last part that all have, such as BatchNorm_0."""
+    heads, _, tails = zip(*(name.rpartition(".") for name in names), strict=True)
+    return list(heads) if len({*tails}) == 1 and all(heads) else list(names)
+
+
+def summarize(layer: Comparison, batch_size: int) -> Row:
     """A layer's row."""
-    layer: Any = jax.tree.map(lambda part: np.asarray(part).reshape(-1), comparison)
-    usual = np.median(layer.variance[layer.known]) if layer.known.any() else 0
-    dead = layer.known & (layer.variance <= 1e-8 * usual)
-    live = layer.known & layer.finite & ~dead
+    live = layer.known & layer.finite & ~layer.dead
 
     def middle(values: np.ndarray) -> float:
         return float(np.median(values[live])) if live.any() else float("nan")
 
-    noise = middle(layer.noise)
-    distance = middle(layer.distance)
+    noise, distance = middle(layer.noise), middle(layer.distance)
     return Row(
+        change=float(np.sqrt(np.mean(layer.change[live] ** 2))) if live.any() else float("nan"),
         distance=distance,
         ratio=distance / noise if noise > 0 else float("nan"),
         noise=noise,
@@ -198,18 +171,23 @@ def summarize(comparison: Comparison, batch_size: int) -> Row:
         shift=middle(layer.shift),
         epsilon=middle(layer.epsilon),
         features=len(layer.known),
-        dead=int(dead.sum()),
+        dead=int(layer.dead.sum()),
+        exploding=int(layer.exploding.sum()),
         new=int(layer.new.sum()),
         broken=int((~layer.finite).sum()),
         unknown=int((~layer.known).sum()),
+        young=layer.young,
+        one_batch=layer.one_batch,
+        of_features=layer,
     )
 
 
-def judge(rows: Mapping[str, Row]) -> Report:
-    """The causes that the rows show."""
-    findings = []
+def judge(rows: Mapping[str, Row], api: Api = "functional", first: Cause | None = None) -> Report:
+    """The causes that the rows show, after one that was found otherwise."""
+    findings = [] if first is None else [Finding(first, ())]
     for cause in CAUSES:
         layers = tuple(name for name, row in rows.items() if cause.found(row))
-        if layers and (not cause.everywhere or len(layers) == len(rows)):
+        explained = cause.differ and any(finding.cause.differ for finding in findings)
+        if layers and not explained and (not cause.in_all or len(layers) == len(rows)):
             findings.append(Finding(cause, layers))
-    return Report(rows, tuple(findings))
+    return Report(rows, tuple(findings), api)

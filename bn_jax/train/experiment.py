@@ -254,27 +254,42 @@ def evaluate_run(
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
+    data, trained = load_run(folder, config, data_dir)
+    results: dict[Arm, dict[str, Any]] = {}
+    for arm, progress in trained.items():
+        model = build_model(config, arm)
+        scores = [
+            score(model, config.binarization, config.batch_size, state, data, statistics)
+            for state in members(progress.state, config.seeds)
+        ]
+        mean, half = estimate(scores)
+        results[arm] = {"step": progress.step, "test_accuracy": mean}
+        if config.seeds > 1:
+            results[arm] |= {"plus_or_minus": half, "seeds": scores}
+    return results
+
+
+def load_run(
+    folder: RunFolder, config: TrainConfig, data_dir: Path | None = None
+) -> tuple[Dataset, dict[Arm, Progress]]:
+    """The data set of a run, and how far each arm has come that has a sound checkpoint.
+
+    Raises:
+        RunFolderError, CheckpointError, DataError, ValueError: as `evaluate_run`.
+    """
     if config.over:
         raise ValueError(f"{folder.path} holds a grid of runs; sweep.csv has their scores")
     nothing = CheckpointError(f"{folder.path} holds no sound checkpoint; train again")
     if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
         raise nothing
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
-    results: dict[Arm, dict[str, Any]] = {}
+    trained: dict[Arm, Progress] = {}
     for arm in config.arms:
         if progress := load_progress(config, arm, data, folder):
-            model = build_model(config, arm)
-            scores = [
-                score(model, config.binarization, config.batch_size, state, data, statistics)
-                for state in members(progress.state, config.seeds)
-            ]
-            mean, half = estimate(scores)
-            results[arm] = {"step": progress.step, "test_accuracy": mean}
-            if config.seeds > 1:
-                results[arm] |= {"plus_or_minus": half, "seeds": scores}
-    if not results:
+            trained[arm] = progress
+    if not trained:
         raise nothing
-    return results
+    return data, trained
 
 
 def versions() -> dict[str, Any]:

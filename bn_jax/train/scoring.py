@@ -4,7 +4,8 @@ Three instances: evaluation as usual; Algorithm 2 of Ioffe & Szegedy (2015), whi
 networks; and the mode of training, which shows whether the running statistics are to blame.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from bn_jax.data import Dataset
 from bn_jax.inference.recalibrate import recalibrate_linen
 from bn_jax.train.step import Binarization, TrainState, accuracy, binarize
 
+Forward = Callable[[Any, Array], tuple[Any, Any]]
 Statistics = Literal["running", "population", "batch"]
 BATCHES = 200
 """Training batches from which population statistics are taken, as is customary."""
@@ -44,20 +46,32 @@ def score(
     if not state.batch_stats or statistics == "running":
         return accuracy(model, binarization, state, *test)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-
-    def forward(variables: Any, inputs: Array) -> tuple[Any, Any]:
-        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-
+    forward = training_mode(model)
     if statistics == "population":
         images = data.train_images[: BATCHES * batch_size]
         variables = recalibrate_linen(forward, variables, inputs(images, batch_size, binarization))
         return accuracy(
             model, binarization, state._replace(batch_stats=variables["batch_stats"]), *test
         )
-    logits = jax.jit(lambda inputs: forward(variables, inputs)[0])
     batches = inputs(data.test_images, batch_size, binarization)
-    predicted = np.concatenate([np.argmax(logits(batch), -1) for batch in batches])
-    return float(np.mean(predicted == data.test_labels))
+    predicted = [predict(forward, variables, batch) for batch in batches]
+    return float(np.mean(np.concatenate(predicted) == data.test_labels))
+
+
+@functools.cache
+def training_mode(model: nn.Module) -> Forward:
+    """A network in training mode; the same function each time, so that it is compiled once."""
+
+    def forward(variables: Any, inputs: Array) -> tuple[Any, Any]:
+        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+
+    return forward
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(forward: Forward, variables: Any, batch: Array) -> Array:
+    """The labels that a network gives."""
+    return jnp.argmax(forward(variables, batch)[0], -1)
 
 
 def inputs(images: np.ndarray, batch_size: int, binarization: Binarization) -> Iterator[Array]:

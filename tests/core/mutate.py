@@ -1152,15 +1152,29 @@ MUTATIONS = [
     Mutation(
         "the noise of a batch forgets the variances",
         "explain/compare.py",
-        " + share(share(training.variances.var, v), v) / 2",
+        " + unsteady / v**2 / 2",
         "",
         "explain/explain",
     ),
     Mutation(
         "one conspicuous layer is enough for an inverted momentum",
-        "explain/report.py",
-        "        everywhere=True,\n",
+        "explain/causes.py",
+        "        in_all=True,\n",
         "",
+        "explain/explain",
+    ),
+    Mutation(
+        "a lag of means is taken for one batch",
+        "explain/compare.py",
+        "for value, of_batches in ((mean[live], batches.mean), (var[live], batches.var)):",
+        "for value, of_batches in ((mean[live], batches.mean),):",
+        "explain/explain",
+    ),
+    Mutation(
+        "a layer's own epsilon is not read",
+        "explain/models.py",
+        "own.get(path, 1e-5) if epsilon is None else epsilon",
+        "1e-5 if epsilon is None else epsilon",
         "explain/explain",
     ),
     # layers/equinox.py

@@ -30,8 +30,8 @@ GROUPS = {
 
 MISTAKES = {
     "trian": "trian: no such command; did you mean train?",
-    "predict": "predict: no such command; choose one of train, sweep, evaluate, bench",
-    "--steps 5": "--steps: a command comes first, one of train, sweep, evaluate, bench",
+    "predict": "predict: no such command; choose one of train, sweep, evaluate, explain, bench",
+    "--steps 5": "--steps: a command comes first, one of train, sweep, evaluate, explain, bench",
     "train --lr 0.1": "--lr 0.1: bn-jax train has no --lr; did you mean --learning-rate?",
     "train --lr=0.1": "--lr 0.1: bn-jax train has no --lr; did you mean --learning-rate?",
     "train --learning_rte 1": "--learning-rte 1: bn-jax train has no --learning-rte; did you mean "
@@ -70,6 +70,8 @@ MISTAKES = {
     "sweep --over decay=0.9,2": "--decay 2.0: must be between 0 and 1",
     "evaluate --run runs/a": "--run runs/a: bn-jax evaluate has no --run; give the run's folder "
     "without a flag: bn-jax evaluate RUN",
+    "explain --run-dir a": "--run-dir a: bn-jax explain has no --run-dir; give the run's folder "
+    "without a flag: bn-jax explain RUN",
     "bench --suites layer": "--suites layer: bn-jax bench has no --suites; did you mean --suite?",
     "bench --suite memory --turns 3": "--turns: has no effect with --suite memory, which measures "
     "no time",
@@ -157,7 +159,7 @@ def test_help_has_every_command(arguments, main, capsys):
     assert main(*arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: bn-jax COMMAND")
-    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == ["train", "sweep", "evaluate", "bench"]
+    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == list(cli.COMMANDS)
 
 
 def test_versions(main, capsys):
@@ -213,7 +215,11 @@ def test_help_has_every_flag_in_its_group(read_help):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("train --device tpu", "loading JAX"), ("evaluate nowhere", "scoring the test set")],
+    [
+        ("train --device tpu", "loading JAX"),
+        ("evaluate nowhere", "scoring the test set"),
+        ("explain nowhere", "comparing"),
+    ],
 )
 def test_the_first_seconds_say_what_happens(line, words, main, monkeypatch):
     shown = io.StringIO()
