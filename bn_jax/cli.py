@@ -250,12 +250,38 @@ def bench(
         raise SystemExit(1)
 
 
+def conform(
+    targets: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="TARGET...", help_behavior_hint="(one or more)"),
+    ] = (),
+) -> None:
+    """Try any batch norm, of any framework, on vectors with known results.
+
+    - Says what is right, and names the known bug where something is wrong.
+    - A target is module:function, or module:object with a function batch_norm.
+    - Whatever else it offers is tried too; .docs/conform.md says what that can be.
+    - Exits with 0 if nothing is wrong, 1 if something is, 2 if it cannot be run.
+    - Example: bn-jax conform bn_jax.conform.example
+
+    Args:
+        targets: What to try, e.g. my_module:batch_norm; its module is imported, which runs it.
+    """
+    from bn_jax.conform.report import try_targets
+
+    if not targets:
+        raise ValueError("conform: name a batch norm, e.g. my_module:batch_norm")
+    if not try_targets(targets, stdout):
+        raise SystemExit(1)
+
+
 COMMANDS = {
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,
     "explain": explain,
     "bench": bench,
+    "conform": conform,
 }
 
 

@@ -79,6 +79,8 @@ def test_commands_are_accepted(command):
         if flags[1:]:
             assert flags[1] == "--statistics"
             assert flags[2] in get_args(Statistics)
+    elif verb == "conform":
+        assert not any(flag.startswith("-") for flag in flags)
     elif verb == "explain":
         assert flags == ["RUN"]
     elif "--resume" in flags:

@@ -30,8 +30,8 @@ GROUPS = {
 
 MISTAKES = {
     "trian": "trian: no such command; did you mean train?",
-    "predict": "predict: no such command; choose one of train, sweep, evaluate, explain, bench",
-    "--steps 5": "--steps: a command comes first, one of train, sweep, evaluate, explain, bench",
+    "predict": f"predict: no such command; choose one of {', '.join(cli.COMMANDS)}",
+    "--steps 5": f"--steps: a command comes first, one of {', '.join(cli.COMMANDS)}",
     "train --lr 0.1": "--lr 0.1: bn-jax train has no --lr; did you mean --learning-rate?",
     "train --lr=0.1": "--lr 0.1: bn-jax train has no --lr; did you mean --learning-rate?",
     "train --learning_rte 1": "--learning-rte 1: bn-jax train has no --learning-rte; did you mean "
