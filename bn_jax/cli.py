@@ -253,7 +253,7 @@ def bench(
 def conform(
     targets: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="TARGET...", help_behavior_hint="(one or more)"),
+        tyro.conf.arg(metavar="MODULE:FUNCTION...", help_behavior_hint="(one or more)"),
     ] = (),
 ) -> None:
     """Try any batch norm, of any framework, on vectors with known results.
@@ -265,7 +265,7 @@ def conform(
     - Example: bn-jax conform bn_jax.conform.example
 
     Args:
-        targets: What to try, e.g. my_module:batch_norm; its module is imported, which runs it.
+        targets: What to try; its module is imported, which runs its code. Several are compared.
     """
     from bn_jax.conform.report import try_targets
 
