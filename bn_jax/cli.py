@@ -253,19 +253,20 @@ def bench(
 def conform(
     targets: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="MODULE:FUNCTION...", help_behavior_hint="(one or more)"),
+        tyro.conf.arg(
+            metavar="MODULE:FUNCTION...",
+            help_behavior_hint="(one or more, e.g. bn_jax.conform.example)",
+        ),
     ] = (),
 ) -> None:
     """Try any batch norm, of any framework, on vectors with known results.
 
     - Says what is right, and names the known bug where something is wrong.
-    - A target is module:function, or module:object with a function batch_norm.
     - Whatever else it offers is tried too; .docs/conform.md says what that can be.
     - Exits with 0 if nothing is wrong, 1 if something is, 2 if it cannot be run.
-    - Example: bn-jax conform bn_jax.conform.example
 
     Args:
-        targets: What to try; its module is imported, which runs its code. Several are compared.
+        targets: What to try. An object has a function batch_norm. Importing the module runs it.
     """
     from bn_jax.conform.report import try_targets
 
