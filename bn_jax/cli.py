@@ -118,9 +118,9 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
     launch = launch.with_environment(os.environ)
     quiet_orbax()
     with stdout.status("loading JAX"):
-        from bn_jax.train.company import run_in_company
         from bn_jax.train.device import choose_device, split_cpu
         from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
+        from bn_jax.train.multiprocess import run_with_others
         from bn_jax.train.run_folder import RunFolder
 
         if resume is not None:
@@ -134,7 +134,7 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
     if not launch.is_alone:
         if stdout.is_terminal:
             stdout.print("waiting for the other processes")
-        run_in_company(config, launch, stdout, resume)
+        run_with_others(config, launch, stdout, resume)
         return
     try:
         run_experiment(config, stdout, resume=resume)

@@ -5,5 +5,5 @@ Read `config` (what can be chosen), `models`, `step` (one page: the state and a 
 between) and `experiment` (the arms, the run folder). `checkpoint` and `stopping` are how a run ends
 early and goes on later. `sweep` shows a grid of runs.
 Then, for what does not fit one pass, device or process: `micro_batches`, `placement` (a mesh), and
-`company` (a run in several processes, which `launch` brings together).
+`multiprocess` (`launch` finds the other processes; `crash_reporter` says why one died).
 """

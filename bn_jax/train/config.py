@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,10 @@ from bn_jax.train.settings import (
     NormalizationSettings,
     OptimizerSettings,
     RunSettings,
+    check_fields,
+    dashed,
+    is_tuple,
+    out_of_range,
 )
 
 Arm = Literal["batch", "none"]
@@ -57,84 +59,58 @@ class TrainConfig(
     over: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(kind) is Literal:
-                self.demand(name, getattr(self, name) in typing.get_args(kind), one_of(kind))
-        for name in (
-            "filters",
-            "batch_size",
-            "micro_batches",
-            "max_bad_steps",
-            "seeds",
-            "evaluate_every",
-            "checkpoint_every",
-        ):
-            self.demand(name, is_count(getattr(self, name), 1), "a positive integer")
-        for name in ("blocks", "steps"):
-            self.demand(name, is_count(getattr(self, name), 0), "an integer of at least 0")
-        # JAX keeps 32 bits of a seed: above, two seeds would be one.
-        fits = is_count(self.seed, 0) and self.seed < 2**32
-        self.demand("seed", fits, "an integer from 0 to 4294967295")
+        check_fields(self)
         most = 2**32 - self.seed
         self.demand("seeds", self.seeds <= most, f"at most {most} for --seed {self.seed}")
-        widths = isinstance(self.hidden, tuple) and all(is_count(size, 1) for size in self.hidden)
-        self.demand("hidden", widths, "positive integers, e.g. 100 100 100")
-        for name in ("learning_rate", "epsilon", "weight_decay"):
-            self.demand(name, is_number(getattr(self, name)), "finite and at least 0")
-        positive = self.init_std is None or (is_number(self.init_std) and self.init_std > 0)
-        self.demand("init_std", positive, "finite and positive")
-        self.demand("decay", is_number(self.decay) and self.decay <= 1, "between 0 and 1")
-        for name in ("data_dir", "run_dir"):
-            folder = getattr(self, name)
-            self.demand(name, folder is None or isinstance(folder, Path), "a folder's path")
         fits = self.placement == "pre-activation" or self.model != "tower"
         self.demand("placement", fits, "pre-activation for the tower, whose blocks fix it")
-        fits = self.batch_size > 1 or self.norm == "none" or self.model == "tower"
-        self.demand("batch_size", fits, "at least 2 with batch norm: one example has no variance")
         self.check_parts()
         self.check_axes()
 
     def check_parts(self) -> None:
         """Refuse parts of a batch that are unequal, or too small for statistics."""
-        devices, batch = self.devices, self.batch_size
-        self.demand("devices", devices is None or is_count(devices, 1), "a positive integer")
-        group = self.group_size
-        self.demand("group_size", group is None or is_count(group, 1), "a positive integer")
-        part, rest = divmod(batch, self.micro_batches)
+        batch, group, micro_batches = self.batch_size, self.group_size, self.micro_batches
+        # The tower's features are maps: even one example has many values of each.
+        one_will_do = self.norm == "none" or self.model == "tower"
+        fits = batch > 1 or one_will_do
+        self.demand("batch_size", fits, "at least 2 with batch norm: one example has no variance")
+        part, rest = divmod(batch, micro_batches)
         self.demand("micro_batches", not rest, f"a divisor of --batch-size {batch}")
-        fits = part > 1 or self.norm == "none" or self.model == "tower"
         rule = f"at most {batch // 2} for --batch-size {batch}: one example has no variance"
-        self.demand("micro_batches", fits, rule)
+        self.demand("micro_batches", part > 1 or one_will_do, rule)
+        several = micro_batches > 1
         if group is not None:
             passes = f"--batch-size {batch}"
-            if self.micro_batches > 1:
-                passes += f" in --micro-batches {self.micro_batches}"
+            passes += f" in --micro-batches {micro_batches}" if several else ""
             self.demand("group_size", group <= part, f"at most {part}, for {passes}")
             alone = min(group, part % group or group) == 1
-            fits = not alone or self.norm == "none" or self.model == "tower"
             rule = f"such that no example is left alone, without variance, for {passes}"
-            self.demand("group_size", fits, rule)
-        if devices is not None:
-            share = devices * self.micro_batches
+            self.demand("group_size", not alone or one_will_do, rule)
+        if self.devices is not None:
+            share = self.devices * micro_batches
             near = sorted({max(batch // share, 1) * share, -(-batch // share) * share})
-            by = f" times --micro-batches {self.micro_batches}" if self.micro_batches > 1 else ""
-            rule = f"a multiple of --devices {devices}{by}, e.g. {' or '.join(map(str, near))}"
+            by = f" times --micro-batches {micro_batches}" if several else ""
+            rule = f"a multiple of --devices {self.devices}{by}, e.g. {' or '.join(map(str, near))}"
             self.demand("batch_size", not batch % share, rule)
 
     def check_axes(self) -> None:
         """Refuse axes of a grid that are none, and values that none of its runs could have."""
         rule = f"NAME=NUMBER,NUMBER,… with NAME one of {', '.join(map(dashed, SWEPT))}"
-        fits = isinstance(self.over, tuple) and all(isinstance(axis, str) for axis in self.over)
-        self.demand("over", fits, rule)
-        names = [axis.partition("=")[0].replace("-", "_") for axis in self.over]
-        fits = len({*names}) == len(names) and {*names} <= {*SWEPT}
+        self.demand("over", is_tuple(self.over, lambda axis: isinstance(axis, str)), rule)
         try:
-            axes = self.axes.values() if fits else ()
+            axes = self.axes
         except ValueError:
-            fits, axes = False, ()
-        self.demand("over", fits and all(len({*axis}) == len(axis) for axis in axes), rule)
+            axes = {}
+        fits = len(axes) == len(self.over) and {*axes} <= {*SWEPT}
+        fits &= all(len({*values}) == len(values) for values in axes.values())
+        self.demand("over", fits, rule)
         for cell in self.cells if self.over else ():
             dataclasses.replace(cell)  # which checks it
+
+    def demand(self, name: str, satisfied: bool, rule: str) -> None:
+        """Raise a ValueError that names the field, its value and the rule, unless satisfied."""
+        if not satisfied:
+            raise out_of_range(name, getattr(self, name), rule)
 
     @property
     def axes(self) -> dict[str, tuple[float, ...]]:
@@ -174,11 +150,6 @@ class TrainConfig(
         for name, value in values.items():
             object.__setattr__(other, name, value)
         return other
-
-    def demand(self, name: str, satisfied: bool, rule: str) -> None:
-        """Raise a ValueError that names the field, its value and the rule, unless satisfied."""
-        if not satisfied:
-            raise ValueError(f"--{dashed(name)} {getattr(self, name)!r}: must be {rule}")
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -241,25 +212,3 @@ class TrainConfig(
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
         return cls(**fields)
-
-
-def dashed(name: str) -> str:
-    """A field's name as its flag has it."""
-    return name.replace("_", "-")
-
-
-def is_count(value: object, least: int) -> bool:
-    """Whether value is an integer (True and False are not) of at least least."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_number(value: object) -> bool:
-    """Whether value is a finite number (True and False are not) of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 <= value < math.inf
-
-
-def one_of(kind: Any) -> str:
-    """The values of a Literal, in words."""
-    return "one of " + ", ".join(map(str, typing.get_args(kind)))

@@ -24,6 +24,7 @@ from bn_jax.data import Dataset, load
 from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.crash_reporter import describe_checkpoints
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
 from bn_jax.train.loop import Activity, Evaluation, Watch, begin_run, check_batch_size, train
 from bn_jax.train.placement import make_placement
@@ -35,7 +36,6 @@ from bn_jax.train.step import TrainState
 from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import estimate, summarize
 from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
-from bn_jax.train.witness import remains
 
 NO_LOSS = "  –   "  # as wide as one
 
@@ -95,7 +95,7 @@ def run_experiment(
         try:
             arms = run_and_write(config, data, folder, console)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped; {remains(folder.path)}") from None
+            raise Interrupted(f"stopped; {describe_checkpoints(folder.path)}") from None
     diverged = [
         f"{TITLES[arm]}{f', seed {e.seed},' if config.seeds > 1 else ''} at step {e.step:,}"
         for arm, evaluations in arms.items()

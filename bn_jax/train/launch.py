@@ -1,4 +1,4 @@
-"""How a process finds the others of its run: by flags, by environment variables, or a scheduler."""
+"""How a process finds the others of its run: by flags, environment variables or a scheduler."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 
 from bn_jax.files import locked
-from bn_jax.train.settings import unset
+from bn_jax.train.settings import POSITIVE, check_fields, unset
 
 HEARTBEAT = 30
 """Seconds of silence after which a process counts as gone, if its sockets do not tell at once."""
@@ -42,28 +42,24 @@ class Launch:
     coordinator: Annotated[
         str | None, unset("HOST:PORT", "$JAX_COORDINATOR_ADDRESS, else there is one process")
     ] = None
-    processes: Annotated[int | None, unset("INT", "$JAX_NUM_PROCESSES")] = None
+    processes: Annotated[int | None, POSITIVE, unset("INT", "$JAX_NUM_PROCESSES")] = None
     process_id: Annotated[int | None, unset("INT", "$JAX_PROCESS_ID")] = None
     distributed: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         host, _, port = (self.coordinator or "host:1").rpartition(":")
-        # int() takes other scripts' digits, too.
-        if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        if not host or not is_plain(port) or not 0 < int(port) < 2**16:
             raise ValueError(
                 f"--coordinator {self.coordinator}: must be HOST:PORT, e.g. 127.0.0.1:7788"
             )
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"--processes {self.processes}: must be a positive integer")
-        if self.process_id is not None:
+        number = self.process_id or 0
+        if not 0 <= number < (self.processes or number + 1):
             most = f" to {self.processes - 1}" if self.processes else ""
-            if not 0 <= self.process_id < (self.processes or self.process_id + 1):
-                raise ValueError(
-                    f"--process-id {self.process_id}: must be from 0{most}, one for each process"
-                )
+            raise ValueError(f"--process-id {number}: must be from 0{most}, one for each process")
 
     def with_environment(self, environment: Mapping[str, str]) -> "Launch":
-        """The flags, completed by the variables that set-ups of JAX use.
+        """The flags, completed by the environment variables that JAX knows.
 
         Raises:
             ValueError: a variable is not a number, or out of range.
@@ -71,7 +67,7 @@ class Launch:
 
         def number(name: str) -> int | None:
             text = environment.get(name)
-            if text is not None and not (text.isascii() and text.isdecimal()):
+            if text is not None and not is_plain(text):
                 raise ValueError(f"{name}={text}: must be an integer of at least 0")
             return None if text is None else int(text)
 
@@ -88,36 +84,39 @@ class Launch:
         """Whether nothing says that there are other processes."""
         return not self.distributed and self.given == (None, None, None)
 
+    @property
+    def given(self) -> tuple[str | None, int | None, int | None]:
+        """Where to meet, how many processes, and which of them this is."""
+        return self.coordinator, self.processes, self.process_id
+
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep a second process of this machine from taking this one's place in the run.
+        """Keep a second process of this machine from taking the same id in the same run.
 
-        JAX's service takes it for this one, come back, and ends the run.
+        JAX's service would take the second for the first, restarted, and end the run.
 
         Raises:
             ValueError: another process has this id.
         """
-        if None in self.given:  # which the scheduler gives
-            yield
-            return
-        name = "-".join(re.findall(r"\w+", f"bn_jax {self.coordinator} {self.process_id}"))
-        path = Path(tempfile.gettempdir(), f"{name}.lock")
         with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(path, create=True))
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"--process-id {self.process_id}: another process here has it in the run at "
-                    f"{self.coordinator}; give each an id of its own"
-                ) from error
-            except OSError:
-                pass  # a folder that cannot be written locks nothing
+            if None not in self.given:  # else the scheduler gives the ids
+                name = "-".join(re.findall(r"\w+", f"bn_jax {self.coordinator} {self.process_id}"))
+                path = Path(tempfile.gettempdir(), f"{name}.lock")
+                try:
+                    stack.enter_context(locked(path, create=True))
+                except BlockingIOError as error:
+                    raise ValueError(
+                        f"--process-id {self.process_id}: another process here has it in the run "
+                        f"at {self.coordinator}; give each an id of its own"
+                    ) from error
+                except OSError:
+                    pass  # a lock cannot be made there, so nothing is checked
             yield
 
-    @property
-    def given(self) -> tuple[str | None, int | None, int | None]:
-        """Where to meet, how many, and which this is."""
-        return self.coordinator, self.processes, self.process_id
+
+def is_plain(text: str) -> bool:
+    """Whether a text is a number in ASCII digits; int() takes those of other scripts too."""
+    return text.isascii() and text.isdecimal()
 
 
 ALONE = Launch()
@@ -126,7 +125,7 @@ ALONE = Launch()
 def join(launch: Launch) -> None:
     """Meet the other processes of a run, before JAX is in use.
 
-    Where they do not come in time, JAX ends this process.
+    If they do not come within `PATIENCE`, JAX ends this process.
 
     Raises:
         ValueError: something is missing that neither flag nor variable gives, or no scheduler.
@@ -140,8 +139,8 @@ def join(launch: Launch) -> None:
         )
     if launch.coordinator:
         check_address(launch.coordinator, here=launch.process_id == 0)
-    # Python would hear a Ctrl-C only when the waiting is over.
-    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # JAX waits in C++, where Python's handler of Ctrl-C does not run.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             *launch.given,
@@ -162,15 +161,15 @@ def join(launch: Launch) -> None:
             "choose an address of process 0's machine and a port that is free"
         ) from error
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.signal(signal.SIGINT, handler)
 
 
 def check_address(address: str, here: bool) -> None:
-    """Refuse an address that JAX would wait for in vain, or on which its service may crash.
+    """Refuse an address for which JAX would wait in vain, or on which its service may crash.
 
     Args:
         address: host and port.
-        here: whether the service is to be started by this process.
+        here: whether this process starts the service.
 
     Raises:
         ValueError: the host is not known, or the port of this machine is taken.
@@ -195,7 +194,7 @@ def check_address(address: str, here: bool) -> None:
 
 
 def bind_address(address: str | None) -> str | None:
-    """Where process 0 listens: for this machine alone, if the address is; else JAX's choice, all.
+    """The address that process 0 listens on: a loopback address as it is; None for all interfaces.
 
     Whoever reaches the port could end the run, or take part in it.
     """

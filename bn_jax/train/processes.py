@@ -1,4 +1,4 @@
-"""One run in several processes: process 0 speaks, all know what it knows, and all end together."""
+"""What the processes of one run do together: process 0 decides and the others hear of it."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-LOSSES = ("UNKNOWN", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
+FAILURES = ("UNKNOWN", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
 
 
 def is_first() -> bool:
@@ -16,7 +16,7 @@ def is_first() -> bool:
 
 
 def by_first(make: Callable[[], bytes]) -> bytes:
-    """What make returns in process 0, where alone it is called; its error is everyone's.
+    """Call make in process 0 alone; all processes return its result or raise its error.
 
     Raises:
         ValueError: in process 0, what make raises; in the others, its message.
@@ -39,13 +39,13 @@ def by_first(make: Callable[[], bytes]) -> bytes:
 
 
 def check_same(settings: Mapping[str, object]) -> None:
-    """Refuse processes that were started with different settings: their run would be none of them.
+    """Refuse to go on unless all processes were started with the same settings.
 
     Raises:
         ValueError: in every process, with the names of what differs.
     """
-    marks = [zlib.crc32(repr(value).encode()) for value in settings.values()]
-    everyone = multihost_utils.process_allgather(np.array(marks, np.uint32))
+    hashes = [zlib.crc32(repr(value).encode()) for value in settings.values()]
+    everyone = multihost_utils.process_allgather(np.array(hashes, np.uint32))
     differ = [
         "--" + name.replace("_", "-")
         for name, column in zip(settings, np.asarray(everyone).T, strict=True)
@@ -59,7 +59,7 @@ def check_same(settings: Mapping[str, object]) -> None:
 
 
 def broadcast(content: bytes) -> bytes:
-    """The content that process 0 has."""
+    """Returns the content of process 0 in all processes."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     padded = np.zeros(size, np.uint8)
     if is_first():
@@ -67,14 +67,14 @@ def broadcast(content: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
 
-def loss_of_company(error: BaseException | None) -> str | None:
-    """What an error says if it, or what caused it, is a collective's that lacks a member.
+def find_collective_failure(error: BaseException | None) -> str | None:
+    """The first line of an error, or of its causes, that a collective raises if a process is gone.
 
-    Such errors are of several classes; they begin with one of XLA's codes.
+    Such errors are of several classes; their text begins with one of XLA's status codes.
     """
     while error is not None:
         first, *_ = str(error).splitlines() or [""]
-        if first.split(":")[0] in LOSSES:
+        if first.split(":")[0] in FAILURES:
             return first
         error = error.__cause__ or error.__context__
     return None

@@ -1,13 +1,72 @@
 """The settings of a training run, in the groups that `bn-jax train --help` shows.
 
-Each field is a flag, and its line under Attributes is the flag's help.
+Each field is a flag. Its line under Attributes is the flag's help, its type says what it takes, and
+a `Must` which values.
 """
 
 import dataclasses
+import math
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import arg
+
+
+class Must(NamedTuple):
+    """What the values of a field must be: in words, and as a test. The default may be None too."""
+
+    be: str
+    holds: Callable[[Any], bool]
+
+
+def integer_from(least: int, below: float = math.inf) -> Callable[[Any], bool]:
+    """A test for integers (True and False are none) from least on, below a limit."""
+    return lambda value: type(value) is int and least <= value < below
+
+
+def number_from(least: float, most: float = math.inf) -> Callable[[Any], bool]:
+    """A test for finite numbers (True and False are none) from least to most."""
+    return lambda value: type(value) in (int, float) and least <= value <= most and value < math.inf
+
+
+def is_tuple(value: Any, holds: Callable[[Any], bool]) -> bool:
+    """Whether a value is a tuple whose items pass a test."""
+    return isinstance(value, tuple) and all(map(holds, value))
+
+
+POSITIVE = Must("a positive integer", integer_from(1))
+NOT_NEGATIVE = Must("an integer of at least 0", integer_from(0))
+RATE = Must("finite and at least 0", number_from(0))
+FOLDER = Must("a folder's path", lambda value: isinstance(value, Path))
+
+
+def check_fields(settings: Any) -> None:
+    """Check each field of a dataclass by the `Must` or the choices of its type.
+
+    Raises:
+        ValueError: a value is out of range, with the flag, the value and what it must be.
+    """
+    kinds = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value, choices = getattr(settings, field.name), typing.get_args(kinds[field.name])
+        musts = [note for note in choices if isinstance(note, Must)]
+        if typing.get_origin(kinds[field.name]) is Literal:
+            musts = [Must(f"one of {', '.join(choices)}", choices.__contains__)]
+        for must in musts:
+            if not (must.holds(value) or (value is None and field.default is None)):
+                raise out_of_range(field.name, value, must.be)
+
+
+def out_of_range(name: str, value: object, rule: str) -> ValueError:
+    """The error for a field's value, in the words of the command line."""
+    return ValueError(f"--{dashed(name)} {value!r}: must be {rule}")
+
+
+def dashed(name: str) -> str:
+    """A field's name as its flag has it."""
+    return name.replace("_", "-")
 
 
 def unset(metavar: str, default: str) -> Any:
@@ -28,7 +87,7 @@ class DataSettings:
     """
 
     dataset: Literal["mnist", "fashion-mnist"] = "mnist"
-    data_dir: Annotated[Path | None, unset("PATH", "fetch them once, and cache them")] = None
+    data_dir: Annotated[Path | None, FOLDER, unset("PATH", "download once, and cache")] = None
     binarization: Literal["threshold", "stochastic", "none"] = "threshold"
 
 
@@ -47,12 +106,18 @@ class ModelSettings:
     """
 
     model: Literal["mlp", "cnn", "tower"] = "mlp"
-    hidden: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (100, 100, 100)
-    filters: int = 16
-    blocks: int = 2
+    hidden: Annotated[
+        tuple[int, ...],
+        Must("positive integers, e.g. 100 100 100", lambda sizes: is_tuple(sizes, integer_from(1))),
+        arg(metavar="INT [INT ...]"),
+    ] = (100, 100, 100)
+    filters: Annotated[int, POSITIVE] = 16
+    blocks: Annotated[int, NOT_NEGATIVE] = 2
     activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
     init_std: Annotated[
-        float | None, unset("FLOAT", "0.04 for the mlp; √(2/inputs) for cnn and tower, He et al.")
+        float | None,
+        Must("finite and positive", number_from(5e-324)),
+        unset("FLOAT", "0.04 for the mlp; √(2/inputs) for cnn and tower, He et al."),
     ] = None
 
 
@@ -74,9 +139,9 @@ class NormalizationSettings:
     norm: Literal["both", "batch", "none"] = "both"
     placement: Literal["pre-activation", "input"] = "pre-activation"
     average: Literal["ema", "debiased", "cumulative"] = "debiased"
-    decay: float = 0.99
-    epsilon: float = 1e-5
-    group_size: Annotated[int | None, unset("INT", "the whole batch")] = None
+    decay: Annotated[float, Must("between 0 and 1", number_from(0, 1))] = 0.99
+    epsilon: Annotated[float, RATE] = 1e-5
+    group_size: Annotated[int | None, POSITIVE, unset("INT", "the whole batch")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,15 +168,16 @@ class OptimizerSettings:
     """
 
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    learning_rate: float = 0.15
+    learning_rate: Annotated[float, RATE] = 0.15
     schedule: Literal["constant", "cosine", "exponential"] = "constant"
-    weight_decay: float = 0.0
-    batch_size: int = 60
-    micro_batches: int = 1
-    steps: int = 50_000
-    max_bad_steps: int = 100
-    seed: int = 0
-    seeds: int = 1
+    weight_decay: Annotated[float, RATE] = 0.0
+    batch_size: Annotated[int, POSITIVE] = 60
+    micro_batches: Annotated[int, POSITIVE] = 1
+    steps: Annotated[int, NOT_NEGATIVE] = 50_000
+    max_bad_steps: Annotated[int, POSITIVE] = 100
+    # JAX keeps 32 bits of a seed: above, two seeds would be one.
+    seed: Annotated[int, Must("an integer from 0 to 4294967295", integer_from(0, 2**32))] = 0
+    seeds: Annotated[int, POSITIVE] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +194,8 @@ class RunSettings:
             batch. On a CPU the devices are virtual.
     """
 
-    evaluate_every: int = 500
-    checkpoint_every: int = 5_000
-    run_dir: Annotated[Path | None, unset("PATH", "runs/DATE-TIME")] = None
+    evaluate_every: Annotated[int, POSITIVE] = 500
+    checkpoint_every: Annotated[int, POSITIVE] = 5_000
+    run_dir: Annotated[Path | None, FOLDER, unset("PATH", "runs/DATE-TIME")] = None
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    devices: Annotated[int | None, unset("INT", "1, or all those of several processes")] = None
+    devices: Annotated[int | None, POSITIVE, unset("INT", "1, or all of several processes")] = None

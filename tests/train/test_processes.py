@@ -18,12 +18,12 @@ from jax.experimental import multihost_utils
 
 from bn_jax.data import load
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.crash_reporter import MARK, UNMET, report
 from bn_jax.train.device import split_cpu
 from bn_jax.train.experiment import evaluate_run, load_progress
 from bn_jax.train.loop import train
 from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder
-from bn_jax.train.witness import MARK, UNMET, watch
 from tests.train.test_interrupt import wait_until
 from tests.train.test_resume import assert_same_end
 
@@ -229,8 +229,8 @@ def test_who_waits_in_vain_says_so(start, finish):
 def test_a_failure_of_another_kind_shows_its_text():
     program = (
         "import os\n"
-        "from bn_jax.train.company import in_company\n"
-        "with in_company():\n"
+        "from bn_jax.train.crash_reporter import reporting_crashes\n"
+        "with reporting_crashes():\n"
         "    os.write(2, b'I0101 of no interest\\nF0101 a check failed\\nstack\\n')\n"
         "    os.abort()\n"
     )
@@ -240,13 +240,13 @@ def test_a_failure_of_another_kind_shows_its_text():
 
 
 def said(*lines):
-    """What a witness says after these."""
+    """What a crash reporter says after these."""
     target = io.StringIO()
-    watch(io.BytesIO(b"".join(lines)), target)
+    report(io.BytesIO(b"".join(lines)), target)
     return target.getvalue()
 
 
-def test_the_words_of_a_witness(tmp_path):
+def test_the_words_of_a_crash_reporter(tmp_path):
     killed = b"E0101 polled\nF0101 the JAX distributed service detected fatal errors. More\n at\n"
     met = MARK + b"met\n"
     folder = met + MARK + f"folder {tmp_path}\n".encode()
