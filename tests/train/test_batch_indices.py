@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax.train.batches import batch_indices, shuffled
+from bn_jax.train.batches import batch_indices, few_class_indices, shuffled
 
 EPOCHS = 8
 # (examples, batch size): with a remainder, without, one batch per epoch, one example per batch.
@@ -102,3 +102,36 @@ def test_every_order_is_as_likely():
     orders, counts = np.unique(rows(3, 1, 1800).reshape(600, 3), axis=0, return_counts=True)
     assert len(orders) == 6
     assert np.abs(counts - 100).max() < 5 * np.sqrt(600 * (1 / 6) * (5 / 6))
+
+
+LABELS = np.array([3, 0, 0, 5, 3, 0, 0, 5, 5, 0])  # 0: five, 3: two, 5: three
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "classes"))
+def few(seed, start, steps, classes):
+    return few_class_indices(jax.random.key(seed), start, steps, 6, LABELS, classes)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_batches_of_few_classes(classes):
+    """Of so many classes each, equally many examples of each; over time, all classes and examples.
+
+    400 draws from the largest class, of 5 examples, miss one with p = 5·.8⁴⁰⁰ < 1e-38. A class is
+    drawn 200·classes/3 times, give or take five σ ≤ 5·√(200/4).
+    """
+    indices = np.asarray(few(0, jnp.int32(0), 200, classes))
+    drawn = np.array([np.unique(row, return_counts=True) for row in LABELS[indices]])
+    assert drawn.shape == (200, 2, classes)
+    assert (drawn[:, 1] == 6 // classes).all()
+    _, counts = np.unique(drawn[:, 0], return_counts=True)
+    assert np.abs(counts - 200 * classes / 3).max() < 5 * np.sqrt(200 / 4)
+    assert {*indices.flat} == {*range(10)}
+    # A function of key and step alone.
+    np.testing.assert_array_equal(few(0, jnp.int32(7), 200, classes)[:193], indices[7:])
+    assert (np.asarray(few(1, jnp.int32(0), 200, classes)) != indices).any()
+
+
+@pytest.mark.parametrize(("batch_size", "classes"), [(6, 0), (6, 4), (5, 2)])
+def test_batches_of_few_classes_need_equal_parts(batch_size, classes):
+    with pytest.raises(ValueError, match=f"classes={classes}: must be a divisor of the batch size"):
+        few_class_indices(jax.random.key(0), jnp.int32(0), 1, batch_size, LABELS, classes)
