@@ -140,6 +140,18 @@ def test_when_one_goes_the_other_says_so_and_goes(number, name, launch, finish, 
 
 
 @pytest.mark.slow
+def test_two_that_were_killed_go_on_later(launch, finish, tmp_path, pair):
+    """To the byte what two processes compute that nobody kills."""
+    folder = tmp_path / "run"
+    processes = launch(*STEPS, "--steps", 200, "--run-dir", folder, "--checkpoint-every", 100)
+    wait_until((folder / "metrics.jsonl").exists, processes[0])
+    processes[1].kill()
+    assert 0 not in [finish(process)[0] for process in processes]
+    assert [finish(p)[::2] for p in launch("--resume", folder)] == [(0, ""), (0, "")]
+    assert_same_end(pair[0], folder)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_sigterm_to_one_stops_both_which_go_on_later(number, launch, finish, tmp_path, pair):
     """To the byte what two processes compute that nobody stops."""
