@@ -1,10 +1,9 @@
 """The command line, `bn-jax COMMAND`, also as `python -m bn_jax COMMAND`.
 
 A command is a function; its arguments, types and docstring are its flags and its help. It imports
-what takes long itself, under a line that says so, so that help and mistakes answer at once.
+slow packages itself, while a line says so, so that help and mistakes are answered at once.
 """
 
-import _thread
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -13,11 +12,8 @@ import logging
 import os
 import platform
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +29,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from bn_jax import __version__, hints
+from bn_jax.interrupts import answering_sigterm, no_interrupt_lost
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.launch import ALONE, Launch
 from bn_jax.train.settings import (
@@ -68,12 +65,12 @@ def train(  # noqa: D417
     Args:
         resume: Go on with a run that was stopped, in its folder and with its settings.
     """
-    groups = (data, model, normalization, optimizer, run)
-    config = TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
+    fields = vars(data) | vars(model) | vars(normalization) | vars(optimizer) | vars(run)
+    config = TrainConfig(**fields)
     unused = config.unused
     if resume is not None:
-        fixed = {name for group in groups for name in vars(group)} - {"data_dir", "device"}
-        unused = dict.fromkeys(fixed, f"--resume; {resume} has its own settings")
+        reason = f"--resume; {resume} has its own settings"
+        unused = dict.fromkeys(fields.keys() - {"data_dir", "device"}, reason)
     hints.check_used(unused, sys.argv[2:])
     start(config, launch, resume)
 
@@ -102,8 +99,7 @@ def sweep(  # noqa: D417
     Args:
         over: Which numbers, and their values; all combinations are trained.
     """
-    groups = (data, model, normalization, optimizer, run)
-    fields = {name: value for group in groups for name, value in vars(group).items()}
+    fields = vars(data) | vars(model) | vars(normalization) | vars(optimizer) | vars(run)
     if not over:
         raise ValueError("--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5")
     config = TrainConfig(**fields, over=over)
@@ -343,55 +339,15 @@ def quiet_orbax() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-@contextmanager
-def no_interrupt_lost() -> Iterator[None]:
-    """See to it that Ctrl-C stops the command also where Python has to ignore exceptions.
-
-    In a callback of the garbage collector, of which JAX has some, a KeyboardInterrupt is printed
-    and forgotten. Here it comes again a moment later, until it arrives where it counts.
-    """
-    report = sys.unraisablehook
-
-    def resend(lost: "sys.UnraisableHookArgs") -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, interrupt_main_thread).start()
-        else:
-            report(lost)
-
-    sys.unraisablehook = resend
-    try:
-        yield
-    finally:
-        sys.unraisablehook = report
-
-
-@contextmanager
-def answering_sigterm() -> Iterator[None]:
-    """Say that the command has stopped, where nothing else heeds a SIGTERM."""
-
-    def stop(*_: object) -> None:
-        stderr.print("[yellow]stopped[/yellow]")
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def interrupt_main_thread() -> None:
-    """As Ctrl-C does: also out of a system call, where the platform can."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
+def say_stopped() -> None:
+    """Answer a signal that ends the command."""
+    stderr.print("[yellow]stopped[/yellow]")
 
 
 def main() -> None:
-    """Run a command; what the user can mend is one line and status 2, not a traceback."""
+    """Run a command; an error that the user can mend is one line and status 2, no traceback."""
     try:
-        with no_interrupt_lost(), answering_sigterm():
+        with no_interrupt_lost(), answering_sigterm(say_stopped):
             try:
                 run_command(sys.argv[1:])
             finally:
@@ -403,15 +359,15 @@ def main() -> None:
         stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        stderr.print("[yellow]stopped[/yellow]")
+        say_stopped()
         sys.exit(130)
 
 
 def program() -> None:
     """`main` as a process of its own.
 
-    An interrupted one ends without Python's teardown: XLA's threads may still be compiling, and
-    would crash the process (status -11 instead of 130) when what they use is gone.
+    After a signal the process ends without Python's teardown, during which XLA's threads, still
+    compiling, would crash it (exit status -11 instead of 130).
     """
     status: Any = 130  # also where a second Ctrl-C comes while the first is answered
     try:
