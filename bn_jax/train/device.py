@@ -1,4 +1,4 @@
-"""Before JAX is in use: the kind of device, and how many the CPU is to be."""
+"""What must be set before JAX is in use: the kind of device, and how many devices the CPU is."""
 
 from contextlib import suppress
 
@@ -8,16 +8,16 @@ MOST = 256
 
 
 def split_cpu(devices: int | None, processes: int = 1) -> None:
-    """Make several devices of the CPU; where JAX is in use already, it stays as it is.
+    """Split the CPU into several devices, unless JAX is in use already.
 
-    Other kinds of device are what they are, and `make_placement` says if they are too few.
+    Other kinds of device cannot be split; `make_placement` says if there are too few.
 
     Args:
-        devices: how many over all processes; None leaves one in each.
-        processes: of which this is one.
+        devices: how many in all processes together; None for one in each.
+        processes: how many processes the run has.
 
     Raises:
-        ValueError: more than `MOST` in a process, which would take minutes to start, if it could.
+        ValueError: more than `MOST` in a process, which would take minutes to start.
     """
     each = (devices or 1) // processes
     if each > MOST:

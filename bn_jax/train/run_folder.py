@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, what happened, how it ended."""
+"""The folder of a run: its settings, its evaluations, its summary and its checkpoints."""
 
 import itertools
 import json
@@ -26,11 +26,12 @@ class RunFolder:
     """The files of one run.
 
     `config.json` is written first; `metrics.jsonl` grows by a line per evaluation; `summary.json`
-    and `curves.png` come at the end, whole or not at all; `checkpoints/ARM/STEP` as they fall due.
+    and `curves.png` come at the end; `checkpoints/ARM/STEP` from time to time. Except for
+    `metrics.jsonl`, each is there whole or not at all.
 
     Args:
         path: of the folder.
-        writes: False leaves all of it to another process.
+        writes: False for a process that leaves all writing to another one.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -38,7 +39,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainConfig) -> "RunFolder":
-        """A new folder for a run; of several processes, the first makes it, and alone writes.
+        """A new folder for a run; of several processes, the first makes it and alone writes there.
 
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
@@ -52,8 +53,8 @@ class RunFolder:
         path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
         if unfit := set(str(path.absolute())) & set("[\\") - {os.sep}:
             raise RunFolderError(
-                f"--run-dir {path}: must not have {unfit.pop()} in its name, where orbax writes "
-                "checkpoints that it cannot read; choose another folder"
+                f"--run-dir {path}: must not have {unfit.pop()} in its name, where orbax could not "
+                "read the checkpoints that it writes; choose another folder"
             )
         with writing(path):
             if config.run_dir is None:
@@ -62,7 +63,7 @@ class RunFolder:
             try:
                 if any(path.iterdir()):
                     raise FileExistsError
-                # Of two runs that find the same folder empty, one can do this.
+                # Of two runs that find the same folder empty, only one can create this file.
                 (path / "config.json").open("x").close()
             except FileExistsError as error:
                 kept = "a run" if (path / "config.json").exists() else "other files"
@@ -74,12 +75,12 @@ class RunFolder:
         except BaseException:
             (path / "config.json").unlink()
             raise
-        # Other processes may have been started elsewhere.
+        # Other processes may have another working directory.
         return path if jax.process_count() == 1 else path.absolute()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training here, until the end or the death of this one.
+        """Keep other processes from training here, until the block or this process ends.
 
         Raises:
             RunFolderError: another process does.
@@ -114,7 +115,7 @@ class RunFolder:
         return self.path / "checkpoints" / arm
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file that grows."""
+        """Append a line to a file."""
         if not self.writes:
             return
         path = self.path / name
@@ -122,7 +123,7 @@ class RunFolder:
             file.write(line)
 
     def write(self, name: str, content: str | bytes) -> None:
-        """A whole file, or none."""
+        """Write a file, whole or not at all."""
         if not self.writes:
             return
         with writing(self.path / name):
@@ -130,7 +131,7 @@ class RunFolder:
             write_whole(self.path / name, data)
 
     def read_metrics(self) -> dict[Arm, list[Evaluation]]:
-        """The evaluations so far, in every process; without a last line that was not finished."""
+        """The evaluations so far, in every process; an unfinished last line is ignored."""
         path, arms = self.path / "metrics.jsonl", dict[Arm, list[Evaluation]]()
         for line in by_first(lambda: path.read_bytes() if path.exists() else b"").splitlines():
             with suppress(ValueError, RecursionError, KeyError):
@@ -141,7 +142,7 @@ class RunFolder:
         return arms
 
     def write_metrics(self, arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> None:
-        """Replace the evaluations, as a run does that goes on from an earlier step."""
+        """Replace all evaluations: a run that is resumed drops those after its checkpoint."""
         lines = [
             metrics_line(arm, evaluation, config.grid[evaluation.cell])
             for arm, evaluations in arms.items()
@@ -151,7 +152,7 @@ class RunFolder:
 
 
 def make_unique(path: Path) -> Path:
-    """A new folder of that name, or of the first free one that continues it: NAME-2, NAME-3."""
+    """Make a folder of that name or, if it is taken, of NAME-2, NAME-3 and so on."""
     for number in itertools.count(1):
         name = path if number == 1 else path.with_name(f"{path.name}-{number}")
         with suppress(FileExistsError):
@@ -162,7 +163,7 @@ def make_unique(path: Path) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say what could not be written and what to do, where the system says only why."""
+    """Turn an error of the operating system into one that also says what to do."""
     try:
         yield
     except OSError as error:
@@ -173,17 +174,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def metrics_line(arm: Arm, evaluation: Evaluation, values: Mapping[str, float] = {}) -> str:
-    """One line of `metrics.jsonl`; what is not finite is null, since JSON has no NaN.
+    """One line of `metrics.jsonl`; NaN and infinity, which JSON lacks, are null.
 
     Args:
-        arm: of the run.
-        evaluation: of it.
-        values: of a grid, those of the evaluation's cell.
+        arm: which arm was evaluated.
+        evaluation: its result.
+        values: in a sweep, the swept numbers of the run that was evaluated.
     """
     return json.dumps({"arm": arm, **values, **finite(evaluation._asdict())}) + "\n"
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with None for what is not finite."""
+    """The record with None in place of NaN and infinity."""
     bad = {k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     return {key: None if key in bad else value for key, value in record.items()}

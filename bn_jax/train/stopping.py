@@ -1,7 +1,7 @@
-"""How a run is asked to end early: by Ctrl-C, or by SIGTERM as schedulers send it.
+"""How a run is asked to end early: by Ctrl-C, or by SIGTERM, which schedulers send.
 
-While it trains, it ends between two compiled calls, where it can go on later. Elsewhere, and at the
-second time of asking, it ends on the spot.
+While it trains, the run ends after the current compiled call, where it can save a checkpoint.
+Otherwise, and at a second Ctrl-C or SIGTERM, it ends at once.
 """
 
 import signal
@@ -13,15 +13,15 @@ import jax
 from jax.experimental import multihost_utils
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-"""A shell's exit status for a process that a signal ended."""
+"""The exit status that a shell gives to a process that a signal ended."""
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], int]]:
     """Yields a function that returns the exit status to stop with, or 0 to go on.
 
-    Every process of a run calls it after each compiled call, and all hear of a SIGTERM at the same
-    one: JAX tells them. A Ctrl-C ends one of several processes on the spot, and with it the others.
+    Every process of a run calls it after each compiled call; JAX tells all of them of a SIGTERM to
+    one, at the same call. A Ctrl-C ends one of several processes at once, and with it the others.
     """
     if jax.process_count() > 1:
         calls = 0
@@ -44,7 +44,7 @@ def asked_to_stop() -> Iterator[Callable[[], int]]:
         status = STATUS[signal.Signals(number)]
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # Python tells the main thread alone
+        yield lambda: 0  # only the main thread may handle signals
         return
     before = {number: signal.signal(number, note) for number in STATUS}
     try:
