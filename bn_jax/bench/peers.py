@@ -17,86 +17,121 @@ import numpy as np
 from jax import Array
 
 from bn_jax.bench.contender import Build, Functional, Layer, Make, Shape, functional_layer
-from bn_jax.conform.oracle import Outcome
 
 
-def ours(shape: Shape, decay: float, *, axis_name: str | None = None) -> Functional:
-    """bn_jax.batch_norm."""
+def ours(shape: Shape, decay: float, epsilon: float = 1e-5, **axes: Any) -> Functional:
+    """bn_jax.batch_norm; with decay 0, the variance is the batch's own, which is biased."""
     import bn_jax as bn
 
     params, state = bn.init(shape[-1])
-    average = bn.DebiasedEma(decay)
+    settings = {"average": bn.DebiasedEma(decay), "epsilon": epsilon, "unbiased": decay > 0}
 
-    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
-        return bn.batch_norm(x, params, state, train=train, average=average, axis_name=axis_name)
+    def apply(
+        params: Any, state: Any, x: Array, train: bool, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        return bn.batch_norm(x, params, state, train=train, where=mask, **settings, **axes)
 
-    return Functional(params, state, apply, lambda s: (s.mean, s.var), unbiased=True)
+    return Functional(
+        params,
+        state,
+        apply,
+        moments=lambda state: (state.mean, state.var),
+        load=lambda state, mean, var: state._replace(mean=mean, var=var),
+    )
 
 
 def flax(
-    shape: Shape, decay: float, *, fast: bool = True, axis_name: str | None = None
+    shape: Shape, decay: float, epsilon: float = 1e-5, *, fast: bool = True, **axes: Any
 ) -> Functional:
     """flax.linen.BatchNorm with its defaults; the variance is E[x²] - E[x]²."""
     import flax.linen as nn
 
-    layer = nn.BatchNorm(momentum=decay, use_fast_variance=fast, axis_name=axis_name)
+    layer = nn.BatchNorm(momentum=decay, epsilon=epsilon, use_fast_variance=fast, **axes)
     variables = layer.init(jax.random.key(0), jnp.zeros(shape), use_running_average=True)
 
-    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+    def apply(
+        params: Any, state: Any, x: Array, train: bool, mask: Array | None = None
+    ) -> tuple[Array, Any]:
         variables = {"params": params, "batch_stats": state}
-        y, new = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
+        y, new = layer.apply(
+            variables,
+            x,
+            use_running_average=not train,
+            mask=None if mask is None else mask[..., None],
+            mutable=["batch_stats"],
+        )
         return y, new["batch_stats"]
 
     return Functional(
-        variables["params"], variables["batch_stats"], apply, lambda s: (s["mean"], s["var"])
+        variables["params"],
+        variables["batch_stats"],
+        apply,
+        moments=lambda state: (state["mean"], state["var"]),
+        load=lambda _, mean, var: {"mean": mean, "var": var},
     )
 
 
-def flax_accurate(shape: Shape, decay: float) -> Functional:
+def flax_accurate(shape: Shape, decay: float, epsilon: float = 1e-5, **axes: Any) -> Functional:
     """flax.linen.BatchNorm with use_fast_variance=False."""
-    return flax(shape, decay, fast=False)
+    return flax(shape, decay, epsilon, fast=False, **axes)
 
 
-def nnx(shape: Shape, decay: float) -> Functional:
+def nnx(shape: Shape, decay: float, epsilon: float = 1e-5, *, dtype: Any = None) -> Functional:
     """flax.nnx.BatchNorm with its defaults, split into its graph and its values."""
     from flax import nnx
 
-    layer = nnx.BatchNorm(shape[-1], momentum=decay, rngs=nnx.Rngs(0))
+    layer = nnx.BatchNorm(shape[-1], momentum=decay, epsilon=epsilon, dtype=dtype, rngs=nnx.Rngs(0))
     graph, params, state = nnx.split(layer, nnx.Param, ...)
 
-    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
+    def apply(
+        params: Any, state: Any, x: Array, train: bool, mask: Array | None = None
+    ) -> tuple[Array, Any]:
         merged = nnx.merge(graph, params, state, copy=True)
-        y = merged(x, use_running_average=not train)
+        mask = None if mask is None else mask[..., None]
+        y = merged(x, use_running_average=not train, mask=mask)
         return y, nnx.split(merged, nnx.Param, ...)[2]
 
-    return Functional(params, state, apply, lambda s: (s["mean"][...], s["var"][...]))
+    def load(state: Any, mean: Array, var: Array) -> Any:
+        merged = nnx.merge(graph, params, state, copy=True)
+        merged.mean[...], merged.var[...] = mean, var
+        return nnx.split(merged, nnx.Param, ...)[2]
+
+    return Functional(
+        params, state, apply, lambda state: (state["mean"][...], state["var"][...]), load
+    )
 
 
-def haiku(shape: Shape, decay: float) -> Functional:
+def haiku(shape: Shape, decay: float, epsilon: float = 1e-5) -> Functional:
     """haiku.BatchNorm with its defaults."""
     hk: Any = importlib.import_module("haiku")
 
     def forward(x: Array, train: bool) -> Array:
-        return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=decay)(x, train)
+        return hk.BatchNorm(True, True, decay_rate=decay, eps=epsilon)(x, train)
 
     layer = hk.without_apply_rng(hk.transform_with_state(forward))
     params, state = layer.init(None, jnp.zeros(shape), True)
+    names = [f"batch_norm/~/{name}_ema" for name in ("mean", "var")]
 
     def moments(state: Any) -> tuple[Array, Array]:
-        mean, var = (
-            state[f"batch_norm/~/{name}_ema"]["average"].reshape(-1) for name in ("mean", "var")
-        )
+        mean, var = (state[name]["average"].reshape(-1) for name in names)
         return mean, var
 
-    return Functional(params, state, layer.apply, moments)
+    def load(state: Any, *given: Array) -> Any:
+        averages = {
+            name: state[name] | {"average": value.reshape(state[name]["average"].shape)}
+            for name, value in zip(names, given, strict=True)
+        }
+        return state | averages
+
+    return Functional(params, state, layer.apply, moments, load)
 
 
-def equinox(shape: Shape, decay: float) -> Functional:
+def equinox(shape: Shape, decay: float, epsilon: float = 1e-5) -> Functional:
     """equinox.nn.BatchNorm with mode="batch", whose examples must have channels first."""
     eqx: Any = importlib.import_module("equinox")
 
     layer, initial = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-        shape[-1], axis_name="batch", momentum=decay, mode="batch"
+        shape[-1], axis_name="batch", momentum=decay, eps=epsilon, mode="batch"
     )
     params, rest = eqx.partition(layer, eqx.is_inexact_array)
 
@@ -111,46 +146,45 @@ def equinox(shape: Shape, decay: float) -> Functional:
         return batched(x, state)
 
     def moments(state: Any) -> tuple[Array, Array]:
-        return state.get(layer.batch_state_index)
+        mean, var = state.get(layer.batch_state_index)
+        shrunk = 1 - decay ** state.get(layer.batch_counter)
+        return mean / shrunk, var / shrunk
 
-    return Functional(params, initial, apply, moments)
+    def load(state: Any, mean: Array, var: Array) -> Any:
+        return state.set(layer.batch_state_index, (mean, var))
+
+    return Functional(params, initial, apply, moments, load)
 
 
-def keras(shape: Shape, decay: float) -> Functional:
+def keras(shape: Shape, decay: float, epsilon: float = 1e-5) -> Functional:
     """keras.layers.BatchNormalization on the JAX backend, with the same ε as the others."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     layers: Any = importlib.import_module("keras.layers")
-    layer = layers.BatchNormalization(momentum=decay, epsilon=1e-5)
+    layer = layers.BatchNormalization(momentum=decay, epsilon=epsilon)
     layer.build(shape)
     params = [variable.value for variable in layer.trainable_variables]
     state = [variable.value for variable in layer.non_trainable_variables]
 
-    def apply(params: Any, state: Any, x: Array, train: bool) -> tuple[Array, Any]:
-        return layer.stateless_call(params, state, x, training=train)
+    def apply(
+        params: Any, state: Any, x: Array, train: bool, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        return layer.stateless_call(params, state, x, training=train, mask=mask)
 
-    return Functional(params, state, apply, lambda state: (state[0], state[1]))
+    return Functional(
+        params,
+        state,
+        apply,
+        moments=lambda state: (state[0], state[1]),
+        load=lambda _, mean, var: [mean, var],
+    )
 
 
 def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Layer:
     """torch.nn.BatchNorm1d or 2d with channels last in memory, on the kind of device JAX uses."""
     torch: Any = importlib.import_module("torch")
-    device = torch_device()
-    images = x.ndim == 4
-    kind = torch.nn.BatchNorm2d if images else torch.nn.BatchNorm1d
-    layer = kind(x.shape[-1], momentum=1 - decay).to(device)
-
-    def prepared(a: np.ndarray) -> Any:
-        tensor = torch.from_numpy(np.ascontiguousarray(a, np.float32))
-        tensor = tensor.to(device, getattr(torch, dtype))
-        return (
-            tensor.permute(0, 3, 1, 2) if images else tensor
-        )  # a view: memory stays channels last
-
-    def restored(tensor: Any) -> np.ndarray:
-        tensor = tensor.detach().permute(0, 2, 3, 1) if images else tensor.detach()
-        return tensor.double().cpu().numpy()
-
-    batch, gradient = prepared(x).requires_grad_(), prepared(dy)
+    layer = torch_layer(x.shape, decay)
+    batch, gradient = (torch_tensor(a, dtype) for a in (x, dy))
+    batch.requires_grad_()
 
     def step() -> Any:
         layer.zero_grad(set_to_none=True)
@@ -166,14 +200,22 @@ def torch(x: np.ndarray, dy: np.ndarray, dtype: str, decay: float = 0.99) -> Lay
         layer.train()
         return y
 
-    def outcome() -> Outcome:
-        y, count = step(), x.size // x.shape[-1]
-        dscale, dbias = (p.grad.double().cpu().numpy() for p in (layer.weight, layer.bias))
-        mean, var = (a.double().cpu().numpy() for a in (layer.running_mean, layer.running_var))
-        dx = restored(batch.grad)
-        return Outcome(restored(y), dx, dscale, dbias, mean, var * (count - 1) / count)
+    return Layer(step, infer, lambda _: torch_device() == "cpu" or torch.cuda.synchronize())
 
-    return Layer(step, infer, lambda _: device == "cpu" or torch.cuda.synchronize(), outcome)
+
+def torch_layer(shape: Shape, decay: float, epsilon: float = 1e-5) -> Any:
+    """Torch's layer for data of a shape with features last."""
+    torch: Any = importlib.import_module("torch")
+    kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d
+    return kind(shape[-1], momentum=1 - decay, eps=epsilon).to(torch_device())
+
+
+def torch_tensor(a: np.ndarray, dtype: str) -> Any:
+    """A tensor with features on axis 1, which are still last in memory."""
+    torch: Any = importlib.import_module("torch")
+    tensor = torch.from_numpy(np.ascontiguousarray(a, np.float32))
+    tensor = tensor.to(torch_device(), getattr(torch, dtype))
+    return tensor.permute(0, 3, 1, 2) if a.ndim == 4 else tensor
 
 
 def torch_device() -> str:

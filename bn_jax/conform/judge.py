@@ -11,8 +11,9 @@ from bn_jax.conform.vectors import Vector, load
 
 Level = Literal["right", "note", "wrong", "not offered"]
 CANCELLING = "cancelling variance, E[x²] - E[x]²"
-ROUNDED_MEAN = "the mean is rounded before it is subtracted: loses digits as the mean grows"
+ROUNDED_MEAN = "the mean is rounded to float32 before it is subtracted"
 IN_HALF = "statistics are computed in half precision, or rounded to it"
+SILENT = "one value per feature gives y = bias, without an error"
 NORMAL, LARGE = ("large mean", "mean 0"), ("large mean", "mean 100")
 CONTRASTS = (
     ("large mean", "", NORMAL, CANCELLING),
@@ -104,7 +105,7 @@ def check_refusal(here: Finding, results: dict[str, np.ndarray], vector: Vector,
     """One value per feature was not refused; y is β at least."""
     wanted = vector.expected["y"]
     if distance(results["y"], wanted, 1e-3) <= 1:
-        return here._replace(level="note", names=("y is the bias, and nothing says so",))
+        return here._replace(level="note", names=(SILENT,))
     return here._replace(level="wrong", detail=describe("y", results["y"], wanted, 1e-3))
 
 
@@ -112,7 +113,7 @@ def check_finite(here: Finding, results: dict[str, np.ndarray], vector: Vector, 
     """What is remembered is finite."""
     if all(np.isfinite(value).all() for value in results.values()):
         return here
-    return here._replace(level="note", names=(f"{vector.name} spoils the running statistics",))
+    return here._replace(level="note", names=(f"{vector.name} spoils them for good",))
 
 
 def check_convention(

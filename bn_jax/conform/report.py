@@ -62,6 +62,14 @@ def score(findings: Sequence[Finding]) -> str:
     )
 
 
+def summary(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
+    """What is wrong by name, and what there is to note; each once."""
+    found = verdicts(findings)
+    wrong = unique(n for v in found if v.level == "wrong" for n in v.names or (v.group,))
+    notes = unique(n for v in found if v.level == "note" for n in v.names)
+    return list(wrong), list(notes)
+
+
 def is_wrong(findings: Iterable[Finding]) -> bool:
     """Whether anything is wrong; notes are not."""
     return any(f.level == "wrong" for f in findings)
@@ -86,7 +94,9 @@ def table(name: str, findings: Sequence[Finding]) -> Table:
 
 def comparison(all_findings: Mapping[str, Sequence[Finding]]) -> Table:
     """Several candidates side by side: a row for each group."""
-    result = Table("", *map(escape, all_findings), title="All", title_justify="left")
+    short = [name.rpartition(":")[2] for name in all_findings]
+    names = short if len(set(short)) == len(short) else list(all_findings)
+    result = Table("", *map(escape, names))
     columns = [verdicts(findings) for findings in all_findings.values()]
     for row in zip(*columns, strict=True):
         cells = [f"[{COLORS[v.level]}]{v.level}[/{COLORS[v.level]}]" for v in row]

@@ -1,0 +1,73 @@
+"""What `bn-jax conform` says of the libraries that are installed is what our pages say."""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from bn_jax.conform import contract, judge, report
+
+pytestmark = [pytest.mark.usefixtures("lenient"), pytest.mark.optimized]
+
+PAGE = Path(__file__).parents[2] / ".docs" / "conform.md"
+NAMES = {  # the row of the page -> the entry, its module, and the distribution that has a version
+    "flax": ("flax", "flax", "flax"),
+    "flax, `use_fast_variance=False`": ("flax_accurate", "flax", "flax"),
+    "flax.nnx": ("nnx", "flax", "flax"),
+    "flax.nnx, `dtype=bfloat16`": ("nnx_bfloat16", "flax", "flax"),
+    "haiku": ("haiku", "haiku", "dm-haiku"),
+    'equinox, `mode="batch"`': ("equinox", "equinox", "equinox"),
+    "keras": ("keras", "keras", "keras"),
+    "torch": ("torch", "torch", "torch"),
+}
+
+
+def tried(entry):
+    return judge.try_all(contract.find(f"bn_jax.bench.entries:{entry}"))
+
+
+def test_ours_is_right_in_everything():
+    assert {f.level for f in tried("bn_jax")} == {"right"}
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("row", NAMES)
+def test_the_page_says_what_is_found(row):
+    """A bug that a library has mended, or a new one, fails here."""
+    entry, module, distribution = NAMES[row]
+    if not importlib.util.find_spec(module):
+        pytest.skip(f"{module} is not installed")
+    wrong, notes = report.summary(tried(entry))
+    found = f"| {row} | {'; '.join(wrong) or '–'} | {'; '.join(notes) or '–'} |"
+    assert found in PAGE.read_text().splitlines(), (
+        f"{distribution} {importlib.metadata.version(distribution)} is no longer as our pages say. "
+        f"In .docs/conform.md, its row is now: {found} - If it has mended something, the README's "
+        "table 'What is different' may have to change too."
+    )
+
+
+def test_flax_offers_no_groups_under_vmap():
+    """The README says that `axis_index_groups` does not work there."""
+    findings = tried_groups("flax")
+    assert findings.level == "not offered", "flax has mended axis_index_groups: see the README"
+    assert tried_groups("bn_jax").level == "right"
+
+
+def tried_groups(entry):
+    (vector,) = (v for v in judge.load() if v.name == "two groups")
+    return judge.try_one(contract.find(f"bn_jax.bench.entries:{entry}"), "sharded", vector)
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_the_example_of_the_page(tmp_path, monkeypatch):
+    """It is right, but for what torch is known for."""
+    pytest.importorskip("torch")
+    (block,) = (b.partition("```")[0] for b in PAGE.read_text().split("```py\n")[1:])
+    (tmp_path / "my_torch.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    findings = judge.try_all(contract.find("my_torch:batch_norm"))
+    assert not report.is_wrong(findings), report.summary(findings)
+    assert report.summary(findings)[1] == [judge.ROUNDED_MEAN]
