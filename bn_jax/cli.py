@@ -272,13 +272,50 @@ def conform(
         raise SystemExit(1)
 
 
+def reproduce(
+    claims: tyro.conf.Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="[CLAIM ...]", help_behavior_hint="(all)")]
+    ] = (),
+    quick: bool = False,
+    seeds: int = 5,
+    output_dir: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path("runs/reproduce"),
+    data_dir: Annotated[Path | None, unset("PATH", "fetch them once, and cache them")] = None,
+) -> None:
+    """Run the claims of the papers on batch norm, and write a report.
+
+    - Claims are figure-1, robustness, learning-rates, population, renormalization,
+      shift, noise, weight-decay, batch-size, tower and covariate-shift.
+    - Leaves report.html, report.md, results.json and figures in a folder.
+    - Takes about an hour on 2 cores. Claims that the folder has results of are
+      not run again; after Ctrl-C, the same command goes on.
+
+    Args:
+        claims: Which claims to run.
+        quick: Take a few steps of 2 seeds only, to see that everything works.
+        seeds: Runs of each method.
+        output_dir: Where to leave the report, and what it is made of.
+        data_dir: A folder with MNIST's four files.
+    """
+    if seeds < 2:
+        raise ValueError(f"--seeds {seeds}: must be at least 2, for intervals")
+    if quick:
+        hints.check_used({"seeds": "--quick, which takes 2"}, sys.argv[2:])
+    with stdout.status("loading JAX"):
+        from bn_jax.reproduce.run import QUICK_SEEDS, reproduce_claims
+
+    folder = output_dir / "quick" if quick else output_dir
+    options = {"seeds": QUICK_SEEDS if quick else seeds, "quick": quick, "data_dir": data_dir}
+    reproduce_claims(claims, folder=folder, console=stdout, **options)
+
+
 COMMANDS = {
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,
     "explain": explain,
-    "bench": bench,
     "conform": conform,
+    "reproduce": reproduce,
+    "bench": bench,
 }
 
 

@@ -18,7 +18,7 @@ import bn_jax.interop
 
 HEAVY = {"flax", "optax", "orbax", "matplotlib", "requests", "tyro", "rich", "torch"}
 PEERS = {"torch", "keras", "tensorflow", "haiku", "equinox", "flax", "safetensors"}
-FOLDERS = ("layers", "interop", "data", "train", "bench", "explain", "conform")
+FOLDERS = ("layers", "interop", "data", "train", "bench", "explain", "conform", "reproduce")
 OURS = {f"bn_jax.{name}" for name in FOLDERS} | {
     "bn_jax.inference.fold_models",
     "bn_jax.inference.recalibrate",

@@ -1,0 +1,67 @@
+"""A claim is measured again when, and only when, what it depends on has changed."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bn_jax.reproduce import records
+from bn_jax.reproduce.claims import CLAIMS
+
+CLAIM = CLAIMS["weight-decay"]
+ABOUT = {"date": "2026-01-31", "seconds": 1.5, "versions": {}}
+
+
+def save(folder, claim=CLAIM, quick=False):
+    return records.save(folder, claim, 5, quick, {"a": [0.1]}, ABOUT)
+
+
+def test_a_record_comes_back(tmp_path):
+    saved = save(tmp_path)
+    assert records.load(tmp_path, CLAIM, 5, False) == saved
+    assert saved["results"] == {"a": [0.1]}
+    assert [path.name for path in tmp_path.iterdir()] == ["weight-decay.json"]
+
+
+@pytest.mark.parametrize(("seeds", "quick"), [(6, False), (5, True)])
+def test_one_of_other_conditions_does_not(tmp_path, seeds, quick):
+    save(tmp_path)
+    assert records.load(tmp_path, CLAIM, seeds, quick) is None
+
+
+@pytest.mark.parametrize("change", [b"", b"{", b"[]", b'{"fingerprint": 1}', b"\xff"])
+def test_a_damaged_one_does_not(tmp_path, change):
+    save(tmp_path)
+    (tmp_path / "weight-decay.json").write_bytes(change)
+    assert records.load(tmp_path, CLAIM, 5, False) is None
+
+
+@pytest.mark.parametrize("name", ["core/moments.py", "core/xla/sums.py", "reproduce/training.py"])
+def test_one_of_other_code_does_not(tmp_path, monkeypatch, name):
+    """Of a copy of the package in which one file has one more line."""
+    package = tmp_path / "package"
+    for part in records.MEASURING:
+        source = records.PACKAGE / part
+        for path in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            copy = package / path.relative_to(records.PACKAGE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    monkeypatch.setattr(records, "PACKAGE", package)
+    save(tmp_path)
+    assert records.load(tmp_path, CLAIM, 5, False)
+    with (package / name).open("a") as stream:
+        stream.write("\n# changed\n")
+    assert records.load(tmp_path, CLAIM, 5, False) is None
+
+
+def test_each_claim_depends_on_its_own_file():
+    prints = {records.fingerprint(claim, 5, False) for claim in CLAIMS.values()}
+    assert len(prints) == len(CLAIMS)
+    renamed = dataclasses.replace(CLAIM, remark="said better")
+    assert records.fingerprint(renamed, 5, False) == records.fingerprint(CLAIM, 5, False)
+
+
+def test_a_record_is_json_that_others_can_read(tmp_path):
+    save(tmp_path)
+    record = json.loads((tmp_path / "weight-decay.json").read_text())
+    assert record["claim"] == "weight-decay"
