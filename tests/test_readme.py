@@ -16,6 +16,7 @@ import tyro
 
 from bn_jax.bench.suites import SUITES
 from bn_jax.hints import check_used
+from bn_jax.reproduce.claims import CLAIMS
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.scoring import Statistics
 from tests.core.test_transforms import CASES, TRANSFORMS
@@ -81,6 +82,8 @@ def test_commands_are_accepted(command):
             assert flags[2] in get_args(Statistics)
     elif verb == "conform":
         assert not any(flag.startswith("-") for flag in flags)
+    elif verb == "reproduce":
+        assert set(flags) <= {"--quick", *CLAIMS}
     elif verb == "explain":
         assert flags == ["RUN"]
     elif "--resume" in flags:

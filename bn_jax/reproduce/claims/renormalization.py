@@ -48,7 +48,7 @@ def measure(study: Study) -> Results:
 def sampler(batches: str, labels: np.ndarray) -> Rows:
     """Which examples each step sees."""
     if batches == "two classes":
-        return lambda *where: few_class_indices(*where, 32, labels, classes=2)
+        return functools.partial(few_class_indices, batch_size=32, labels=labels, classes=2)
     return shuffled({"four": 4, "iid": 32}[batches], len(labels))
 
 
