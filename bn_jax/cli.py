@@ -38,6 +38,7 @@ from bn_jax.train.settings import (
     NormalizationSettings,
     OptimizerSettings,
     RunSettings,
+    dashed,
     unset,
 )
 
@@ -145,8 +146,8 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
 def evaluate(
     run: tyro.conf.Positional[Path],
     statistics: Annotated[
-        Literal["running", "population", "batch"], tyro.conf.arg(metavar="KIND")
-    ] = "running",
+        Literal["running", "population", "batch"] | None, unset("KIND", "as the run has it")
+    ] = None,
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
 ) -> None:
     """Score a run's newest checkpoints on the test set.
@@ -165,12 +166,15 @@ def evaluate(
         from bn_jax.train.run_folder import RunFolder
 
         status.update("scoring the test set")
-        results = evaluate_run(RunFolder(run), data_dir, statistics)
-    title = f"{run}, {statistics} statistics"
-    table = Table("", "step", "test accuracy", title=title, title_justify="left")
-    for arm, row in results.items():
+        config = RunFolder(run).read_config()
+        rows = evaluate_run(RunFolder(run), data_dir, statistics)
+    title = f"{run}, {statistics or config.statistics} statistics"
+    names = [dashed(name) for name in config.axes]
+    table = Table("", *names, "step", "test accuracy", title=title, title_justify="left")
+    for row in rows:
+        values = (f"{row[name]:g}" for name in config.axes)
         score = cell(row["test_accuracy"], row.get("plus_or_minus"), ".4f").replace("\n", " ")
-        table.add_row(TITLES[arm], f"{row['step']:,}", score)
+        table.add_row(TITLES[row["arm"]], *values, f"{row['step']:,}", score)
     stdout.print(table)
 
 
@@ -359,6 +363,14 @@ def read_as_number(
 ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
     """Read numbers, given or None, with errors that a user understands."""
     readers = {int: ("INT", hints.read_integer), float: ("FLOAT", hints.read_number)}
+    if kind.type == float | tuple[float, ...]:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="FLOAT [FLOAT ...]",
+            instance_from_str=read_one_or_several,
+            is_instance=lambda value: isinstance(value, int | float | tuple),
+            str_from_instance=lambda value: [str(value)],
+        )
     for number, (metavar, read) in readers.items():
         if kind.type in (number, number | None):
             return tyro.constructors.PrimitiveConstructorSpec(
@@ -369,6 +381,12 @@ def read_as_number(
                 str_from_instance=lambda value: [str(value)],
             )
     return None
+
+
+def read_one_or_several(words: list[str]) -> float | tuple[float, ...]:
+    """One number, or a tuple of several."""
+    first, *others = map(hints.read_number, words)
+    return (first, *others) if others else first
 
 
 def quiet_orbax() -> None:

@@ -26,12 +26,13 @@ from bn_jax.bench.interleave import Timing, interleave
 from bn_jax.bench.peers import torch_device
 from bn_jax.bench.report import Bar, Report
 from bn_jax.data import Dataset, load
-from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.build import build_model
 from bn_jax.train.chunks import split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk
 from bn_jax.train.progress import begin
-from bn_jax.train.step import init_state, make_train_step
+from bn_jax.train.state import init_state
+from bn_jax.train.step import make_train_step
 
 Model = Literal["mlp", "cnn", "tower"]
 OURS, THEIRS, TORCH = "bn_jax, scanned", "flax, step by step", "torch, eager"
@@ -44,18 +45,16 @@ def configuration(model: Model) -> TrainConfig:
 
 def chunk_size(config: TrainConfig) -> int:
     """The number of steps that `bn-jax train` runs in one compiled call."""
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
     images = np.zeros((config.batch_size, 28, 28), np.uint8)
-    state = init_state(model, optimizer, images[:1], config.seed)
-    return steps_per_call(make_train_step(model, optimizer, config.binarization), state, images)
+    state = init_state(config, "batch", images[:1])
+    return steps_per_call(make_train_step(config, "batch"), state, images)
 
 
 def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
     """Our loop: a function that trains for more steps at each call."""
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32)
-    state = init_state(model, optimizer, images[:1], config.seed)
-    train_step = make_train_step(model, optimizer, config.binarization)
+    state = init_state(config, "batch", images[:1])
+    train_step = make_train_step(config, "batch")
     sizes = split(steps, chunk_size(config))
 
     def run() -> None:

@@ -90,7 +90,14 @@ def step(forward: Any, estimator: str, variables: Any, seen: Any, batch: Any) ->
 def moments_of(
     forward: Callable[[Any, Any], tuple[Any, Any]], variables: Mapping[str, Any], batch: Any
 ) -> dict[tuple[str, ...], Moments]:
-    """What every batch norm normalized in one pass, by its path in batch_stats.
+    """What every batch norm normalized in one pass, by its path in batch_stats."""
+    return observed(forward, variables, batch)[1]
+
+
+def observed(
+    forward: Callable[[Any, Any], tuple[Any, Any]], variables: Mapping[str, Any], batch: Any
+) -> tuple[Any, dict[tuple[str, ...], Moments]]:
+    """The output of one pass in training mode, and what every batch norm normalized, by its path.
 
     The moments are variables of the layer, beside its mean and var, which nn.scan, nn.remat and
     nn.vmap carry out as they do these.
@@ -109,9 +116,9 @@ def moments_of(
     layers = [path[:-1] for path in flat if path[-1] == "var"]
     blank = {(*path, NAME): nothing(flat[*path, "mean"], flat[*path, "var"]) for path in layers}
     with nn.intercept_methods(record):
-        _, updates = forward(with_stats(variables, flat | blank), batch)
-    seen: dict[Any, Any] = flatten_dict(updates["batch_stats"])
-    return {path: seen[*path, NAME] for path in layers}
+        output, updates = forward(with_stats(variables, flat | blank), batch)
+    seen: dict[Any, Any] = flatten_dict(updates.get("batch_stats", {}))
+    return output, {path: seen[*path, NAME] for path in layers}
 
 
 def arguments(

@@ -1,15 +1,17 @@
 """From a configuration to the objects that train: model, normalization, optimizer."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from bn_jax.core.averages import Average, CumulativeAverage, DebiasedEma, Ema
 from bn_jax.layers.linen import BatchNorm
 from bn_jax.train.config import Arm, TrainConfig
-from bn_jax.train.models import CNN, MLP, Normalization, TowerClassifier, he_normal
+from bn_jax.train.models import CNN, MLP, TowerClassifier
 
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu, "tanh": nn.tanh}
 
@@ -21,38 +23,31 @@ def build_average(config: TrainConfig) -> Average:
     return {"ema": Ema, "debiased": DebiasedEma}[config.average](config.decay)
 
 
-def build_normalization(config: TrainConfig, arm: Arm) -> Normalization | None:
-    """What makes the normalization modules of an arm; a new normalizer joins here."""
-    if arm == "none":
-        return None
-    return functools.partial(
-        BatchNorm,
-        average=build_average(config),
-        unbiased=True,
-        epsilon=config.epsilon,
-        group_size=config.group_size,
-    )
-
-
 def build_model(config: TrainConfig, arm: Arm) -> nn.Module:
     """The network of an arm."""
-    normalization = build_normalization(config, arm)
-    activation = ACTIVATIONS[config.activation]
-    init = he_normal if config.init_std is None else nn.initializers.normal(config.init_std)
-    if config.model == "tower":
-        return TowerClassifier(
-            config.filters, config.blocks, normalization=normalization, kernel_init=init
-        )
-    layer = {
-        "activation": activation,
-        "normalization": normalization,
-        "placement": config.placement,
+    dtype = jnp.dtype(config.precision)
+    normalization = functools.partial(
+        BatchNorm,
+        average=build_average(config),
+        unbiased=config.renorm is None,
+        epsilon=config.epsilon,
+        group_size=config.group_size,
+        renorm=config.renorm,
+        dtype=dtype,
+    )
+    # A new normalizer joins here.
+    options: dict[str, Any] = {
+        "normalization": normalization if arm == "batch" else None,
+        "dtype": dtype,
     }
+    if config.init_std is not None:
+        options["kernel_init"] = nn.initializers.normal(config.init_std)
+    if config.model == "tower":
+        return TowerClassifier(filters=config.filters, blocks=config.blocks, **options)
+    options |= {"activation": ACTIVATIONS[config.activation], "placement": config.placement}
     if config.model == "cnn":
-        return CNN(config.filters, kernel_init=init, **layer)
-    if config.init_std is None:
-        return MLP(config.hidden, **layer)
-    return MLP(config.hidden, kernel_init=init, **layer)
+        return CNN(filters=config.filters, **options)
+    return MLP(hidden=config.hidden, **options)
 
 
 def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:

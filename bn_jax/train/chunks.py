@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bn_jax.train.step import TrainState, TrainStep
+from bn_jax.train.state import TrainState
+from bn_jax.train.step import TrainStep
 
 OPERATIONS = {"cpu": 2e10}
 """Floating-point operations that a call of several steps may have.

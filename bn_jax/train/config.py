@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,8 +64,8 @@ class TrainConfig(
         self.demand("seeds", self.seeds <= most, f"at most {most} for --seed {self.seed}")
         fits = self.placement == "pre-activation" or self.model != "tower"
         self.demand("placement", fits, "pre-activation for the tower, whose blocks fix it")
-        self.check_parts()
         self.check_axes()
+        self.check_parts()
 
     def check_parts(self) -> None:
         """Refuse parts of a batch that are unequal, or too small for statistics."""
@@ -86,7 +86,8 @@ class TrainConfig(
             alone = min(group, part % group or group) == 1
             rule = f"such that no example is left alone, without variance, for {passes}"
             self.demand("group_size", not alone or one_will_do, rule)
-        if self.devices is not None:
+            self.demand("group_size", self.renorm is None, "left out with --renorm")
+        if self.devices is not None and not self.splits_runs:
             share = self.devices * micro_batches
             near = sorted({max(batch // share, 1) * share, -(-batch // share) * share})
             by = f" times --micro-batches {micro_batches}" if several else ""
@@ -98,13 +99,14 @@ class TrainConfig(
         rule = f"NAME=NUMBER,NUMBER,… with NAME one of {', '.join(map(dashed, SWEPT))}"
         self.demand("over", is_tuple(self.over, lambda axis: isinstance(axis, str)), rule)
         try:
-            axes = self.axes
+            axes = self.swept
         except ValueError:
             axes = {}
         fits = len(axes) == len(self.over) and {*axes} <= {*SWEPT}
         fits &= all(len({*values}) == len(values) for values in axes.values())
         self.demand("over", fits, rule)
-        for cell in self.cells if self.over else ():
+        for values in self.grid if self.over else ():
+            cell = self.with_values({"over": (), "seeds": 1, "devices": None} | values)
             dataclasses.replace(cell)  # which checks it
 
     def demand(self, name: str, satisfied: bool, rule: str) -> None:
@@ -113,7 +115,7 @@ class TrainConfig(
             raise out_of_range(name, getattr(self, name), rule)
 
     @property
-    def axes(self) -> dict[str, tuple[float, ...]]:
+    def swept(self) -> dict[str, tuple[float, ...]]:
         """The numbers that are swept, and their values."""
         pairs = (axis.partition("=") for axis in self.over)
         return {
@@ -122,27 +124,52 @@ class TrainConfig(
         }
 
     @property
-    def grid(self) -> list[dict[str, float]]:
-        """All combinations of the values that are swept; a single empty one without any."""
-        axes = self.axes
-        return [
-            dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
-        ]
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The numbers that have several values, and these; the decay is the last of them."""
+        axes = self.swept
+        decay = axes.pop("decay", self.decay)
+        return axes | ({"decay": decay} if isinstance(decay, tuple) else {})
 
     @property
-    def cells(self) -> list["TrainConfig"]:
-        """Every single run: all combinations of the swept values, each with all seeds."""
+    def decays(self) -> int:
+        """How many averages a run carries: training does not read them, so one serves several.
+
+        With renorm it does, and each decay has a run of its own.
+        """
+        return 1 if self.renorm else len(self.axes.get("decay", "1"))
+
+    @property
+    def grid(self) -> list[dict[str, float]]:
+        """All combinations of the values of the axes; a single empty one without any."""
+        return combinations(self.axes)
+
+    @property
+    def runs(self) -> list["TrainConfig"]:
+        """Every run to train: all combinations that are trained, each with all seeds.
+
+        A run that carries several averages has the first of their decays.
+        """
         one = {"over": (), "seeds": 1}
         return [
             self.with_values(one | values | {"seed": seed})
-            for values in self.grid
+            for values in self.grid[:: self.decays]
             for seed in self.all_seeds
         ]
 
     @property
+    def splits_runs(self) -> bool:
+        """Whether the devices share the runs between them; else they share each batch."""
+        runs = len(self.grid[:: self.decays]) * self.seeds
+        return self.devices is not None and runs > 1 and runs % self.devices == 0
+
+    @property
     def names(self) -> list[tuple[int, int]]:
-        """What `cells` are called: the number of the combination of values, and the seed."""
-        return [(i // self.seeds, cell.seed) for i, cell in enumerate(self.cells)]
+        """What is evaluated: run by run and average by average, its place in `grid` and seed."""
+        return [
+            (i // self.seeds * self.decays + average, run.seed)
+            for i, run in enumerate(self.runs)
+            for average in range(self.decays)
+        ]
 
     def with_values(self, values: Mapping[str, Any]) -> "TrainConfig":
         """The same with other values, which may be traced and are not checked."""
@@ -166,6 +193,7 @@ class TrainConfig(
         """Whether this is the experiment of section 4.1, as far as the paper describes it."""
         stated = ("dataset", "model", "hidden", "activation", "placement", "batch_size")
         stated += ("optimizer", "schedule", "weight_decay", "micro_batches", "group_size")
+        stated += ("renorm", "precision")
         same = all(getattr(self, name) == getattr(TrainConfig, name) for name in stated)
         return same and self.binarization != "none"
 
@@ -208,7 +236,12 @@ class TrainConfig(
         for name in ("data_dir", "run_dir"):
             if isinstance(fields.get(name), str):
                 fields[name] = Path(fields[name])
-        for name in ("hidden", "over"):
+        for name in ("hidden", "over", "decay", "renorm"):
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
         return cls(**fields)
+
+
+def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a value of each axis."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

@@ -16,23 +16,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 import bn_jax
 from bn_jax.data import Dataset, load
-from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.crash_reporter import describe_checkpoints
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
-from bn_jax.train.loop import Activity, Evaluation, Watch, begin_run, check_batch_size, train
+from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
 from bn_jax.train.placement import make_placement
 from bn_jax.train.processes import check_same, is_first
-from bn_jax.train.progress import Progress
+from bn_jax.train.progress import Progress, begin
 from bn_jax.train.run_folder import RunFolder, metrics_line
-from bn_jax.train.scoring import Statistics, score
-from bn_jax.train.step import TrainState
+from bn_jax.train.scoring import Statistics, make_score
+from bn_jax.train.state import init_runs
 from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import estimate, summarize
 from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
@@ -86,7 +86,7 @@ def run_experiment(
             config = dataclasses.replace(config, devices=jax.device_count())
         # Where its files are, each process knows best; process 0's run folder is everyone's.
         check_same({k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES})
-    make_placement(config.devices)
+    make_placement(config.devices, config.splits_runs)
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)
     folder = RunFolder(resume, writes=is_first()) if resume else RunFolder.create(config)
@@ -102,7 +102,7 @@ def run_experiment(
         for e in evaluations
         if e.diverged
     ]
-    if diverged and not config.over:  # to find out where is what a grid is for
+    if diverged and not config.axes:  # to find out where is what a grid is for
         raise Diverged(
             f"diverged: {' and '.join(diverged)}, after {config.max_bad_steps} steps in a row "
             "whose loss or gradients were not finite; the parameters from before these are kept. "
@@ -126,7 +126,7 @@ def run_and_write(
         "config": json.loads(config.to_json()),
         "versions": versions(),
     }
-    if config.over:
+    if config.axes:
         rows = grid_rows(arms, config)
         folder.write("sweep.csv", to_csv(rows))
         folder.write("sweep.jsonl", to_json_lines(rows))
@@ -138,9 +138,8 @@ def run_and_write(
     folder.write("curves.png", picture)
     console.print(table)
     console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
-    if not config.over:
-        again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
-        console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
+    again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
+    console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
     return arms
 
 
@@ -157,7 +156,7 @@ def run_arms(
             bars.start_task(tasks[arm])
             resumed = load_progress(config, arm, data, folder)
             # What came after the checkpoint comes again, to the bit.
-            last = resumed.reported_until if resumed else []
+            last = np.repeat(resumed.reported_until, config.decays).tolist() if resumed else []
             until = dict(zip(config.names, last, strict=bool(resumed)))
             arms[arm] = [e for e in before.get(arm, []) if e.step <= until.get(e.name, -1)]
             if until != {e.name: e.step for e in arms[arm]}:
@@ -179,7 +178,7 @@ def run_arms(
                 bars.update(task, loss=loss, accuracy=f"{accuracy:.4f}")
 
             if arms[arm]:
-                show(arms[arm][-len(config.cells) :])
+                show(arms[arm][-len(config.names) :])
             for evaluations in run_arm(config, arm, data, folder, watch, resumed, status):
                 arms[arm] += evaluations
                 show(evaluations)
@@ -217,18 +216,11 @@ def run_arm(
                 raise Interrupted(f"stopped {where}; to go on: {again}", stop)
 
 
-def members(state: TrainState, seeds: int) -> list[TrainState]:
-    """The states of the seeds that were trained at once, one by one."""
-    if seeds == 1:
-        return [state]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(seeds)]
-
-
 def load_progress(
     config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder
 ) -> Progress | None:
     """How far an arm has come, by its newest sound checkpoint; None without one."""
-    like = jax.eval_shape(lambda: begin_run(config, arm, data.test_images[:2]))
+    like = jax.eval_shape(lambda: begin(init_runs(config, arm, data.test_images[:2])))
     return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm))
 
 
@@ -239,34 +231,33 @@ def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
 
 
 def evaluate_run(
-    folder: RunFolder, data_dir: Path | None = None, statistics: Statistics = "running"
-) -> dict[Arm, dict[str, Any]]:
-    """The test accuracy of each arm's newest sound checkpoint.
+    folder: RunFolder, data_dir: Path | None = None, statistics: Statistics | None = None
+) -> list[dict[str, Any]]:
+    """The test accuracy of each arm's newest sound checkpoint, and of each combination of a grid.
 
-    An arm without one, as in a run that was stopped early, is left out.
+    An arm without a checkpoint, as in a run that was stopped early, is left out.
 
     Args:
         folder: of a run.
         data_dir: where the data set is, if no longer where the run had it.
-        statistics: what batch norms normalize by (`score`).
+        statistics: what batch norms normalize by; None for what the run was evaluated by.
 
     Raises:
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
     data, trained = load_run(folder, config, data_dir)
-    results: dict[Arm, dict[str, Any]] = {}
+    one = config.with_values({"statistics": statistics or config.statistics})
+    rows: list[dict[str, Any]] = []
     for arm, progress in trained.items():
-        model = build_model(config, arm)
-        scores = [
-            score(model, config.binarization, config.batch_size, state, data, statistics)
-            for state in members(progress.state, config.seeds)
-        ]
-        mean, half = estimate(scores)
-        results[arm] = {"step": progress.step, "test_accuracy": mean}
-        if config.seeds > 1:
-            results[arm] |= {"plus_or_minus": half, "seeds": scores}
-    return results
+        scores = make_score(one, arm, data)(progress.state).ravel().tolist()
+        for number, values in enumerate(config.grid):
+            known = zip(config.names, scores, strict=True)
+            seeds = [score for (cell, _), score in known if cell == number]
+            mean, half = estimate(seeds)
+            row = {"arm": arm, **values, "step": progress.step, "test_accuracy": mean}
+            rows.append(row | ({"plus_or_minus": half, "seeds": seeds} if len(seeds) > 1 else {}))
+    return rows
 
 
 def load_run(
@@ -275,21 +266,16 @@ def load_run(
     """The data set of a run, and how far each arm has come that has a sound checkpoint.
 
     Raises:
-        RunFolderError, CheckpointError, DataError, ValueError: as `evaluate_run`.
+        RunFolderError, CheckpointError, DataError: as `evaluate_run`.
     """
-    if config.over:
-        raise ValueError(f"{folder.path} holds a grid of runs; sweep.csv has their scores")
     nothing = CheckpointError(f"{folder.path} holds no sound checkpoint; train again")
     if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
         raise nothing
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
-    trained: dict[Arm, Progress] = {}
-    for arm in config.arms:
-        if progress := load_progress(config, arm, data, folder):
-            trained[arm] = progress
-    if not trained:
+    found = {arm: load_progress(config, arm, data, folder) for arm in config.arms}
+    if not any(found.values()):
         raise nothing
-    return data, trained
+    return data, {arm: progress for arm, progress in found.items() if progress}
 
 
 def versions() -> dict[str, Any]:

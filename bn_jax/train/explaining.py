@@ -12,9 +12,10 @@ from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError
 from bn_jax.train.config import Arm
 from bn_jax.train.display import TITLES
-from bn_jax.train.experiment import load_run, members
+from bn_jax.train.experiment import load_run
 from bn_jax.train.run_folder import RunFolder, RunFolderError
-from bn_jax.train.scoring import BATCHES, Statistics, inputs, score, training_mode
+from bn_jax.train.scoring import BATCHES, inputs, make_score, training_mode
+from bn_jax.train.state import members
 
 PICTURE = "explain.png"
 EVALUATED = 60  # evaluation batches
@@ -37,27 +38,31 @@ def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tup
     config = folder.read_config()
     if "batch" not in config.arms:
         raise ValueError(f"{folder.path} has no network with batch norm to explain")
+    if config.axes:
+        raise ValueError(f"{folder.path} holds a grid of runs; explain one that is trained alone")
     arm: Arm = "batch"
     data, trained = load_run(folder, config, data_dir)
     if arm not in trained:
         raise CheckpointError(f"{folder.path} holds no sound checkpoint with batch norm; train on")
-    model = build_model(config, arm)
-    kinds: tuple[Statistics, ...] = ("running", "population", "batch")
+    forward = training_mode(build_model(config, arm))
     batch_size, binarization = config.batch_size, config.binarization
     reports: dict[str, Report] = {}
-    for seed, state in zip(
-        config.all_seeds, members(trained[arm].state, config.seeds), strict=True
-    ):
+    scores = {
+        kind: make_score(config.with_values({"statistics": kind}), arm, data)(trained[arm].state)
+        for kind in ("running", "population", "batch")
+    }
+    for number, state in enumerate(members(trained[arm].state, config)):
         report = explain_linen(
-            training_mode(model),
+            forward,
             {"params": state.params, "batch_stats": state.batch_stats},
             inputs(data.train_images[: BATCHES * batch_size], batch_size, binarization),
             inputs(data.test_images[: EVALUATED * batch_size], batch_size, binarization),
             batch_size=batch_size,
         )
-        scores = {k: score(model, binarization, batch_size, state, data, k) for k in kinds}
-        name = f"{TITLES[arm]}, seed {seed}" if config.seeds > 1 else TITLES[arm]
-        reports[name] = dataclasses.replace(report, api="run", scores=scores)
+        own = {kind: float(each[number, 0]) for kind, each in scores.items()}
+        seed = f", seed {config.all_seeds[number]}" if config.seeds > 1 else ""
+        name = TITLES[arm] + seed
+        reports[name] = dataclasses.replace(report, api="run", scores=own)
         yield name, reports[name]
     try:
         write_whole(folder.path / PICTURE, to_png(draw(reports)))

@@ -6,31 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool
 
 from bn_jax.data import Dataset
 from bn_jax.train.batches import batch_indices
-from bn_jax.train.build import build_average, build_model, build_optimizer
 from bn_jax.train.chunks import next_call, steps_per_call
 from bn_jax.train.config import Arm, TrainConfig
-from bn_jax.train.micro_batches import accumulate
 from bn_jax.train.placement import ONE_DEVICE, Placement, make_placement
 from bn_jax.train.progress import Progress, Take, begin, careful, is_finite, trusting
-from bn_jax.train.step import (
-    Gradients,
-    Images,
-    Labels,
-    TrainState,
-    TrainStep,
-    count_right,
-    in_chunks,
-    init_state,
-    make_train_step,
-    whole_batch,
-)
+from bn_jax.train.scoring import make_score
+from bn_jax.train.state import Images, Labels, init_runs
+from bn_jax.train.step import TrainStep, make_train_step
 
 Activity = Literal["compiling", "training", "evaluating"]
 Watch = Callable[[Activity, int], None]
@@ -96,12 +84,12 @@ def run_chunk(
         take: what becomes of a step that is not finite.
     """
 
-    def body(progress: Progress, rows: Array) -> tuple[Progress, None]:
-        # Replicated first: of rows that lie anywhere, XLA then makes one message, not two.
-        batch = placement.replicate((images[rows], labels[rows]))
-        return placement.replicate(take(train_step, progress, *placement.spread(batch))), None
+    def chunk(progress: Progress, images: Images, labels: Labels) -> tuple[Progress, Array]:
+        def body(progress: Progress, rows: Array) -> tuple[Progress, None]:
+            # Replicated first: of rows that lie anywhere, XLA then makes one message, not two.
+            batch = placement.replicate((images[rows], labels[rows]))
+            return placement.replicate(take(train_step, progress, *placement.spread(batch))), None
 
-    def chunk(progress: Progress) -> tuple[Progress, Bool[Array, ""]]:
         state = progress.state
         rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
         # Two steps per iteration: what the loop carries is then copied half as often.
@@ -109,35 +97,9 @@ def run_chunk(
         return progress, is_finite(progress)
 
     if not progress.state.step.ndim:
-        return chunk(progress)
-    progress, finite = jax.vmap(chunk)(progress)
+        return chunk(progress, images, labels)
+    progress, finite = placement.each_run(chunk, progress, images, labels)
     return progress, finite.all()
-
-
-def begin_run(config: TrainConfig, arm: Arm, images: Images) -> Progress:
-    """All runs of a configuration before the first step; images give the shape only."""
-
-    def begin_cell(cell: TrainConfig) -> Progress:
-        values = {name: jnp.float32(getattr(cell, name)) for name in config.axes}
-        mine = cell.with_values(values)
-        state = init_state(build_model(mine, arm), build_optimizer(mine), images, cell.seed)
-        return begin(state._replace(values=values))
-
-    cells = [begin_cell(cell) for cell in config.cells]
-    return cells[0] if len(cells) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
-
-
-def make_step(config: TrainConfig, arm: Arm, placement: Placement = ONE_DEVICE) -> TrainStep:
-    """A training step, by the numbers that the state brings in place of the configuration's."""
-
-    def train_step(state: TrainState, images: Images, labels: Labels) -> tuple[TrainState, Array]:
-        mine = config.with_values(state.values)
-        model, optimizer = build_model(mine, arm), build_optimizer(mine)
-        gradients = build_gradients(mine, placement)
-        step = make_train_step(model, optimizer, config.binarization, gradients)
-        return step(state, images, labels)
-
-    return train_step
 
 
 def train(
@@ -166,35 +128,33 @@ def train(
     check_batch_size(config, data)
     step = resumed.step if resumed else 0
     watch("compiling", step)
-    placement, examples = make_placement(config.devices), len(data.train_images)
+    placement, examples = make_placement(config.devices, config.splits_runs), len(data.train_images)
     images = placement.examples(data.train_images)
     labels = placement.examples(data.train_labels.astype(np.int32))
-    # A label that no network says, where images are missing to equal shares.
-    test = [
-        (placement.examples(images), placement.examples(labels, filler=-1))
-        for images, labels in in_chunks(data.test_images, data.test_labels)
-    ]
-    first = data.train_images[: config.batch_size]
-    train_step = make_step(config, arm, placement)
+    first, runs = data.train_images[: config.batch_size], len(config.runs)
+    train_step = make_train_step(config, arm, placement)
     takes = {False: trusting, True: careful(config.max_bad_steps)}
-    names = config.names
-
-    def count(state: TrainState, images: Images, labels: Labels) -> Array:
-        model = build_model(config.with_values(state.values), arm)
-        return count_right(model, config.binarization, state, images, labels)
-
-    right = jax.jit(count if len(names) == 1 else jax.vmap(count, in_axes=(0, None, None)))
+    score = make_score(config, arm, data, placement)
 
     def evaluate(progress: Progress, rate: float) -> list[Evaluation]:
-        counts = sum(np.asarray(right(progress.state, *chunk)) for chunk in test)
-        columns = (
-            *(progress.state.step, progress.loss, progress.good, progress.bad),
-            *(progress.diverged(config.max_bad_steps), counts / len(data.test_images)),
+        of_runs = np.stack(
+            [
+                *(progress.state.step, progress.loss, progress.good, progress.bad),
+                progress.diverged(config.max_bad_steps),
+            ]
         )
-        rows = zip(names, *(np.ravel(column).tolist() for column in columns), strict=True)
+        columns = np.repeat(of_runs.reshape(5, -1), config.decays, axis=1)
         return [
-            Evaluation(step, loss / (good or float("nan")), score, rate, bad, diverged, seed, cell)
-            for (cell, seed), step, loss, good, bad, diverged, score in rows
+            Evaluation(
+                *(int(step), loss / good if good else float("nan"), accuracy, rate),
+                *(int(bad), bool(diverged), seed, cell),
+            )
+            for (cell, seed), (step, loss, good, bad, diverged), accuracy in zip(
+                config.names,
+                columns.T.tolist(),
+                score(progress.state).ravel().tolist(),
+                strict=True,
+            )
             if good or bad or not step
         ]
 
@@ -214,19 +174,19 @@ def train(
         after, finite = jax.block_until_ready(chunk(progress, images, labels))
         return after, bool(finite), time.perf_counter() - begun
 
-    new = begin_run(config, arm, first) if resumed is None else resumed
+    new = begin(init_runs(config, arm, first)) if resumed is None else resumed
     progress: Progress = placement.everywhere(new)
     if resumed is None:
         yield progress, evaluate(progress, 0.0)
-    one = progress.state
-    if len(names) > 1:
-        one = jax.tree.map(lambda leaf: leaf[0], one)
-    plain = make_step(config.with_values({"micro_batches": 1}), arm)
-    most = max(steps_per_call(plain, one, first) // len(names), 1)
+    one = progress.state if runs == 1 else jax.tree.map(lambda leaf: leaf[0], progress.state)
+    plain = make_train_step(config.with_values({"micro_batches": 1}), arm)
+    most = max(steps_per_call(plain, one, first) // runs, 1)
+    # In float16, a step is bad whenever the loss scale has grown too large.
+    half = config.precision == "float16"
     taken, seconds = 0, 0.0
     while step < config.steps and not progress.diverged(config.max_bad_steps).all():
         size = next_call(step, config.steps, config.evaluate_every, most)
-        after, finite, time_taken = call(size, progress.was_bad)
+        after, finite, time_taken = call(size, half or progress.was_bad)
         if not finite:
             after, _, time_taken = call(size, True)
         progress, step = after, step + size
@@ -239,14 +199,6 @@ def train(
         evaluations = evaluate(progress, taken * config.batch_size / seconds)
         progress, taken, seconds = progress.reported(), 0, 0.0
         yield progress, evaluations
-
-
-def build_gradients(config: TrainConfig, placement: Placement) -> Gradients:
-    """How a step comes to its gradients: in one pass, or in several."""
-    if config.micro_batches == 1:
-        return whole_batch
-    spread = functools.partial(placement.spread, axis=1)
-    return accumulate(config.micro_batches, build_average(config), spread)
 
 
 def check_batch_size(config: TrainConfig, data: Dataset) -> None:

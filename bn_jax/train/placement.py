@@ -1,11 +1,13 @@
-"""Where the arrays are: on one device, or the examples spread over a mesh of several.
+"""Where the arrays are: on one device, or on several that share the examples, or the runs.
 
-The program is the same in either case. Parameters and statistics are on every device, examples on
-one each; XLA adds the communication, so that a batch is the batch, and its mean is the mean over
-all of it, however many devices hold its parts.
+The program is the same in any case. If devices share the examples, parameters and statistics are on
+all of them; XLA adds the communication, so that a batch is the batch, and its mean is the mean over
+all of it, however many devices hold its parts. If they share the runs, each device has all examples
+and trains its own runs, without communication.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +24,13 @@ class Placement:
     """How to place what training needs.
 
     Attributes:
-        mesh: of one axis, "data", over which examples are spread; None for one device, on which
-            everything stays as it is.
+        mesh: of one axis, "data", over which examples or runs are sharded; None for one device, on
+            which everything stays as it is.
+        runs: whether the devices share the runs.
     """
 
     mesh: Mesh | None = None
+    runs: bool = False
 
     def examples(self, array: np.ndarray, filler: int = 0) -> Array:
         """An array of this process, each device with its share of the examples alone.
@@ -37,6 +41,8 @@ class Placement:
         """
         if self.mesh is None:
             return jnp.asarray(array)
+        if self.runs:
+            return self.put(array, PartitionSpec())
         missing = -len(array) % self.mesh.size
         if missing:
             widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
@@ -71,19 +77,37 @@ class Placement:
 
     def constrain(self, tree: Any, spec: PartitionSpec) -> Any:
         """Under jit: the arrays of a tree, placed so."""
-        if self.mesh is None:
+        if self.mesh is None or self.runs:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
+
+    def each_run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Under jit: what a function returns for each run, with the results on every device.
+
+        Args:
+            function: of one run, and more.
+            arguments: first a tree with a leading axis of runs; the others are the same for all.
+        """
+        mapped = jax.vmap(function, (0, *[None] * (len(arguments) - 1)))
+        if self.mesh is None or not self.runs:
+            return mapped(*arguments)
+        own, same = PartitionSpec(DATA), PartitionSpec()
+        specs = (own, *[same] * (len(arguments) - 1))
+        sharded = jax.shard_map(
+            mapped, mesh=self.mesh, in_specs=specs, out_specs=own, check_vma=False
+        )
+        return jax.lax.with_sharding_constraint(sharded(*arguments), NamedSharding(self.mesh, same))
 
 
 ONE_DEVICE = Placement()
 
 
-def make_placement(devices: int | None) -> Placement:
+def make_placement(devices: int | None, runs: bool = False) -> Placement:
     """A mesh of that many devices, in equal parts from all processes.
 
     Args:
         devices: how many; None for one, or, where there are several processes, for all.
+        runs: whether they share the runs.
 
     Raises:
         ValueError: there are not as many here, or the processes cannot have equal parts.
@@ -106,4 +130,5 @@ def make_placement(devices: int | None) -> Placement:
         )
     each = devices // processes
     chosen = [[d for d in present if d.process_index == p][:each] for p in range(processes)]
-    return Placement(Mesh(np.asarray(chosen).reshape(-1), (DATA,)))
+    mesh = Mesh(np.asarray(chosen).reshape(-1), (DATA,))
+    return Placement(mesh, runs)

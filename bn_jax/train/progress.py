@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from bn_jax.train.step import Images, Labels, TrainState, TrainStep
+from bn_jax.train.state import Images, Labels, TrainState
+from bn_jax.train.step import TrainStep
 
 
 class Progress(NamedTuple):
@@ -87,7 +88,10 @@ def careful(limit: int) -> Take:
     def take(train_step: TrainStep, progress: Progress, images: Images, labels: Labels) -> Progress:
         taken = trusting(train_step, progress, images, labels)
         undone = progress._replace(
-            state=progress.state._replace(step=taken.state.step),
+            state=progress.state._replace(
+                step=taken.state.step,
+                loss_scale=taken.state.loss_scale,  # which is smaller then
+            ),
             bad=progress.bad + 1,
             in_a_row=progress.in_a_row + 1,
         )

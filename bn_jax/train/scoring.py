@@ -12,11 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from flax.traverse_util import unflatten_dict
+from jax import Array, lax
+from jaxtyping import Int
 
+from bn_jax.core.population import conclude, include
+from bn_jax.core.recalibrate import known_or_old, zeros
+from bn_jax.core.state import BatchNormState
 from bn_jax.data import Dataset
-from bn_jax.inference.recalibrate import recalibrate_linen
-from bn_jax.train.step import Binarization, TrainState, accuracy, binarize
+from bn_jax.inference.recalibrate_linen import observed
+from bn_jax.train.build import build_model
+from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.placement import ONE_DEVICE, Placement
+from bn_jax.train.state import Images, Labels, TrainState, each_average, each_run
+from bn_jax.train.step import binarize
 
 Forward = Callable[[Any, Array], tuple[Any, Any]]
 Statistics = Literal["running", "population", "batch"]
@@ -24,58 +33,107 @@ BATCHES = 200
 """Training batches from which population statistics are taken, as is customary."""
 
 
-def score(
-    model: nn.Module,
-    binarization: Binarization,
-    batch_size: int,
-    state: TrainState,
-    data: Dataset,
-    statistics: Statistics = "running",
-) -> float:
-    """The share of test images that a network labels rightly.
+def make_score(
+    config: TrainConfig, arm: Arm, data: Dataset, placement: Placement = ONE_DEVICE
+) -> Callable[[TrainState], np.ndarray]:
+    """A function: state -> the share of test images that the network labels rightly.
+
+    The shares are [runs, averages].
 
     Args:
-        model: takes inputs and `train`.
-        binarization: how images become inputs.
-        batch_size: images per batch, where batches are measured.
-        state: of the network; without batch_stats, all statistics give the same score.
-        data: its training images are for population statistics.
-        statistics: what normalizes: "running", "population" or "batch".
+        config: of the run; `statistics` says what normalizes.
+        arm: of it; without batch norm, all statistics give the same score.
+        data: to test on; its training images are for population statistics.
+        placement: of the test images, unless a batch's statistics are needed.
     """
-    test = data.test_images, data.test_labels
-    if not state.batch_stats or statistics == "running":
-        return accuracy(model, binarization, state, *test)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    forward = training_mode(model)
-    if statistics == "population":
-        images = data.train_images[: BATCHES * batch_size]
-        variables = recalibrate_linen(forward, variables, inputs(images, batch_size, binarization))
-        return accuracy(
-            model, binarization, state._replace(batch_stats=variables["batch_stats"]), *test
+    shape = len(config.runs), config.decays
+    size, count = config.batch_size, len(data.test_images)
+    if config.statistics == "batch":
+        parts = max(count // size, 1)  # of about one size, so that none is a single image
+        test = list(
+            zip(
+                *(np.array_split(a, parts) for a in (data.test_images, data.test_labels)),
+                strict=True,
+            )
         )
-    batches = inputs(data.test_images, batch_size, binarization)
-    predicted = [predict(forward, variables, batch) for batch in batches]
-    return float(np.mean(np.concatenate(predicted) == data.test_labels))
+    else:
+        test = [
+            (placement.examples(images), placement.examples(labels, filler=-1))
+            for images, labels in in_chunks(data.test_images, data.test_labels)
+        ]
+    batches = min(BATCHES, len(data.train_images) // size)
+    train = data.train_images[: batches * size].reshape(batches, size, *data.train_images.shape[1:])
+
+    def network(state: TrainState) -> tuple[nn.Module, Any]:
+        model = build_model(config.with_values(state.values), arm)
+        return model, {"params": state.params, "batch_stats": state.batch_stats}
+
+    def count_right(state: TrainState, images: Images, labels: Labels) -> Int[Array, ""]:
+        model, variables = network(state)
+        inputs = binarize(images, config.binarization, jax.random.key(0))
+        if config.statistics == "batch":
+            logits, _ = training_mode(model)(variables, inputs)
+        else:
+            logits = evaluation_mode(model)(variables, inputs)
+        return jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
+
+    def population(state: TrainState, batches: Images) -> Any:
+        model, variables = network(state)
+
+        def see(seen: Any, images: Array) -> tuple[Any, None]:
+            inputs = binarize(images, config.binarization, jax.random.key(0))
+            return include(
+                seen, observed(training_mode(model), variables, inputs)[1], "pooled"
+            ), None
+
+        batches = jnp.asarray(batches)
+        nothing = zeros(jax.eval_shape(lambda: see(None, batches[0])[0]))
+        seen = conclude(lax.scan(see, nothing, batches)[0], "pooled")
+        return jax.tree.map(
+            lambda layer, new: known_or_old(BatchNormState(**layer), new)._asdict(),
+            *(state.batch_stats, unflatten_dict(seen)),
+            is_leaf=lambda node: "var" in node,
+        )
+
+    count_right, population = (
+        jax.jit(each_run(config, each_average(config, f))) for f in (count_right, population)
+    )
+
+    def score(state: TrainState) -> np.ndarray:
+        if config.statistics == "population" and state.batch_stats:
+            state = state._replace(batch_stats=population(state, train))
+        right = np.asarray(sum(count_right(state, *chunk) for chunk in test))
+        return np.broadcast_to(right.reshape(shape[0], -1), shape) / count
+
+    return score
 
 
-@functools.cache
 def training_mode(model: nn.Module) -> Forward:
-    """A network in training mode; the same function each time, so that it is compiled once."""
-
-    def forward(variables: Any, inputs: Array) -> tuple[Any, Any]:
-        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-
-    return forward
+    """A network in training mode: variables, inputs -> logits, new batch_stats."""
+    return functools.partial(model.apply, train=True, mutable=["batch_stats"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def predict(forward: Forward, variables: Any, batch: Array) -> Array:
-    """The labels that a network gives."""
-    return jnp.argmax(forward(variables, batch)[0], -1)
+def evaluation_mode(model: nn.Module) -> Callable[[Any, Array], Array]:
+    """A network in evaluation mode: variables, inputs -> logits."""
+    return functools.partial(model.apply, train=False)
 
 
-def inputs(images: np.ndarray, batch_size: int, binarization: Binarization) -> Iterator[Array]:
+def inputs(images: np.ndarray, batch_size: int, binarization: str) -> Iterator[Array]:
     """Images in batches of about one size, so that none is a single image, as inputs."""
-    keys = jax.random.split(jax.random.key(0), max(len(images) // batch_size, 1))
-    for key, batch in zip(keys, np.array_split(images, len(keys)), strict=True):
-        yield binarize(jnp.asarray(batch), binarization, key)
+    for batch in np.array_split(images, max(len(images) // batch_size, 1)):
+        yield binarize(batch, binarization, jax.random.key(0))
+
+
+def in_chunks(
+    images: np.ndarray, labels: np.ndarray, most: int = 1000
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Examples in chunks of one size, as the activations of 10,000 images can be gigabytes.
+
+    Where examples are missing to equal chunks, a label is -1, which no network says.
+    """
+    count = -(-len(images) // most)
+    size = -(-len(images) // count)
+    missing = count * size - len(images)
+    images = np.pad(images, [(0, missing), (0, 0), (0, 0)])
+    labels = np.pad(labels.astype(np.int32), (0, missing), constant_values=-1)
+    return list(zip(np.split(images, count), np.split(labels, count), strict=True))

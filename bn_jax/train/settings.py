@@ -36,6 +36,16 @@ def is_tuple(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, tuple) and all(map(holds, value))
 
 
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A tuple as it is, and another value as a tuple of one."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def are_limits(value: Any) -> bool:
+    """Whether a value is what Batch Renormalization's limits may be."""
+    return is_tuple(value, number_from(0)) and len(value) == 2 and value[0] >= 1
+
+
 POSITIVE = Must("a positive integer", integer_from(1))
 NOT_NEGATIVE = Must("an integer of at least 0", integer_from(0))
 RATE = Must("finite and at least 0", number_from(0))
@@ -103,6 +113,8 @@ class ModelSettings:
         blocks: Residual blocks of the tower.
         activation: The nonlinearity g of mlp and cnn. The tower always uses relu.
         init_std: Standard deviation of the Gaussian initial weights.
+        precision: What the network computes in; parameters and statistics are always float32.
+            float16 scales the loss (dynamically), so that small gradients do not vanish.
     """
 
     model: Literal["mlp", "cnn", "tower"] = "mlp"
@@ -119,6 +131,7 @@ class ModelSettings:
         Must("finite and positive", number_from(5e-324)),
         unset("FLOAT", "0.04 for the mlp; √(2/inputs) for cnn and tower, He et al."),
     ] = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,18 +143,36 @@ class NormalizationSettings:
         placement: Where batch norm stands in mlp and cnn. pre-activation: z = g(BN(Wu)), the
             paper's choice. input: z = g(W BN(u) + b), which its section 3.2 rejects.
         average: The moving average of the statistics that inference uses.
-        decay: Weight of the past in an ema or debiased average.
+        decay: Weight of the past in an ema or debiased average. Several values make as many
+            averages of the same training, each with a row in the table.
         epsilon: Added to the variance.
         group_size: Ghost batch norm: normalize each group of this many examples by its own
             statistics.
+        renorm: Batch Renormalization: correct the batch towards the running statistics, up to
+            the limits r_max and d_max, e.g. 3 5.
+        statistics: What evaluations normalize by. running: the moving average. population: 200
+            training batches, measured anew (Algorithm 2 of the paper). batch: each test batch.
     """
 
     norm: Literal["both", "batch", "none"] = "both"
     placement: Literal["pre-activation", "input"] = "pre-activation"
     average: Literal["ema", "debiased", "cumulative"] = "debiased"
-    decay: Annotated[float, Must("between 0 and 1", number_from(0, 1))] = 0.99
+    decay: Annotated[
+        float | tuple[float, ...],
+        Must("between 0 and 1", lambda value: all(map(number_from(0, 1), as_tuple(value)))),
+        Must(
+            "different numbers", lambda value: 0 < len(as_tuple(value)) == len({*as_tuple(value)})
+        ),
+        arg(metavar="FLOAT [FLOAT ...]", help_behavior_hint="(default: 0.99)"),
+    ] = 0.99
     epsilon: Annotated[float, RATE] = 1e-5
     group_size: Annotated[int | None, POSITIVE, unset("INT", "the whole batch")] = None
+    renorm: Annotated[
+        tuple[float, float] | None,
+        Must("R_MAX of at least 1 and D_MAX of at least 0, e.g. 3 5", are_limits),
+        unset("R_MAX D_MAX", "none"),
+    ] = None
+    statistics: Literal["running", "population", "batch"] = "running"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,137 +1,123 @@
-"""One page: the training state, the loss, a training step, an evaluation."""
+"""One page: a pass through the network, in whole or in parts, and a training step."""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import Array
-from jaxtyping import Float, Int, UInt8
+from flax.training.dynamic_scale import DynamicScale
+from jax import Array, lax
+from jaxtyping import Float
 
-Binarization = Literal["threshold", "stochastic", "none"]
-Images = UInt8[Array | np.ndarray, "batch height width"]
-Labels = Int[Array | np.ndarray, " batch"]
-
-
-class TrainState(NamedTuple):
-    """All that is needed to go on.
-
-    Attributes:
-        params: what the optimizer learns.
-        batch_stats: running statistics of the normalizations; empty without any.
-        opt_state: the optimizer's own.
-        step: how many steps have been taken.
-        key: of the run; what a step draws depends on it and the step alone.
-        values: numbers of the configuration that differ between runs of one program, by name.
-    """
-
-    params: Any
-    batch_stats: Any
-    opt_state: optax.OptState
-    step: Int[Array, ""]
-    key: Array
-    values: Mapping[str, Float[Array, ""]] = {}
-
+from bn_jax.core.moments import Moments, merge
+from bn_jax.core.recalibrate import zeros
+from bn_jax.inference.recalibrate_linen import observed
+from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.placement import ONE_DEVICE, Placement
+from bn_jax.train.state import Images, Labels, TrainState, each_average, remember
 
 TrainStep = Callable[[TrainState, Images, Labels], tuple[TrainState, Float[Array, ""]]]
-Gradients = Callable[[nn.Module, TrainState, Array, Labels], tuple[Float[Array, ""], Any, Any]]
-"""model, state, inputs, labels -> mean loss, new batch_stats, gradients of the params"""
 
 
-def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, images: Images, seed: int
-) -> TrainState:
-    """The state before the first step; images give the shape only."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.zeros(images.shape, jnp.float32), train=False)
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(params, batch_stats, optimizer.init(params), step, run_key)
+class Pass(NamedTuple):
+    """What a batch gives: its loss, what each layer saw (by its path), gradients of params."""
+
+    loss: Float[Array, ""]
+    moments: Mapping[tuple[str, ...], Moments]
+    grads: Any
+    loss_scale: DynamicScale | None
 
 
-def whole_batch(
-    model: nn.Module, state: TrainState, inputs: Float[Array, "batch ..."], labels: Labels
-) -> tuple[Float[Array, ""], Any, Any]:
-    """Mean loss, new `batch_stats` and gradients, in one pass."""
+def passes(
+    model: nn.Module,
+    state: TrainState,
+    inputs: Float[Array, "batch ..."],
+    labels: Labels,
+    parts: int = 1,
+    spread: Callable[[Any], Any] = lambda parts: parts,
+) -> Pass:
+    """A batch through the network, whole or in equal parts, one after the other, to save memory.
 
-    def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-        return cross_entropy(logits, labels), updates.get("batch_stats", {})
+    Each part is normalized by its own statistics. Their moments are merged, as if they had been
+    measured together; losses and gradients are averaged.
+    """
 
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return loss, batch_stats, grads
+    def one(loss_scale: DynamicScale | None, inputs: Array, labels: Labels) -> Pass:
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, moments = observed(forward, variables, inputs)
+            return cross_entropy(logits, labels), moments
+
+        if loss_scale is None:
+            (loss, moments), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        else:
+            scaled = loss_scale.value_and_grad(loss_fn, has_aux=True)
+            loss_scale, _, (loss, moments), grads = scaled(state.params)
+        return Pass(loss, moments, grads, loss_scale)
+
+    def forward(variables: Any, inputs: Array) -> Any:
+        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+
+    def add(total: Pass, part: tuple[Array, Labels]) -> tuple[Pass, None]:
+        new = one(total.loss_scale, *part)
+        loss, grads = jax.tree.map(jnp.add, (total.loss, total.grads), (new.loss, new.grads))
+        moments = jax.tree.map(
+            merge, total.moments, new.moments, is_leaf=lambda node: isinstance(node, Moments)
+        )
+        return Pass(loss, moments, grads, new.loss_scale), None
+
+    if parts == 1:
+        return one(state.loss_scale, inputs, labels)
+    batches = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), (inputs, labels))
+    first = jax.tree.map(lambda a: a[0], batches)
+    nothing = zeros(jax.eval_shape(one, state.loss_scale, *first))
+    total, _ = lax.scan(add, nothing._replace(loss_scale=state.loss_scale), spread(batches))
+    loss, grads = jax.tree.map(lambda sum: sum / parts, (total.loss, total.grads))
+    return total._replace(loss=loss, grads=grads)
 
 
 def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    binarization: Binarization,
-    gradients: Gradients = whole_batch,
+    config: TrainConfig,
+    arm: Arm,
+    placement: Placement = ONE_DEVICE,
+    passes: Callable[..., Pass] = passes,
 ) -> TrainStep:
     """A function (state, images, labels) -> (state, mean loss of the batch before the step)."""
 
     def train_step(
         state: TrainState, images: Images, labels: Labels
     ) -> tuple[TrainState, Float[Array, ""]]:
-        key = jax.random.fold_in(state.key, state.step)
-        inputs = binarize(images, binarization, key)
-        loss, batch_stats, grads = gradients(model, state, inputs, labels)
+        own = config.with_values(state.values)
+        model, optimizer = build_model(own, arm), build_optimizer(own)
+        inputs = binarize(images, own.binarization, jax.random.fold_in(state.key, state.step))
+        split = functools.partial(placement.spread, axis=1)
+        loss, moments, grads, loss_scale = passes(
+            model, state, inputs, labels, own.micro_batches, split
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = TrainState(params, batch_stats, opt_state, state.step + 1, state.key, state.values)
+        new = state._replace(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=remember(own, state.batch_stats, moments),
+            opt_state=opt_state,
+            step=state.step + 1,
+            loss_scale=loss_scale,
+        )
         return new, loss
 
-    return train_step
+    return each_average(config, train_step, returns_state=True)
 
 
 def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, ""]:
-    """The mean loss of a batch."""
+    """The mean loss of a batch, in float32."""
+    logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def accuracy(
-    model: nn.Module, binarization: Binarization, state: TrainState, images: Images, labels: Labels
-) -> float:
-    """The share of images that the network labels rightly, by its running statistics.
-
-    Under a stochastic input, all evaluations see the same draw.
-    """
-    count = jax.jit(functools.partial(count_right, model, binarization))
-    chunks = in_chunks(np.asarray(images), np.asarray(labels))
-    return sum(int(count(state, *chunk)) for chunk in chunks) / len(images)
-
-
-def count_right(
-    model: nn.Module, binarization: Binarization, state: TrainState, images: Images, labels: Labels
-) -> Int[Array, ""]:
-    """How many of the images the network labels rightly."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    inputs = binarize(images, binarization, jax.random.key(0))
-    logits: Any = model.apply(variables, inputs, train=False)
-    return jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
-
-
-def in_chunks(
-    images: np.ndarray, labels: np.ndarray, most: int = 1000
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Examples in chunks of one size, as the activations of 10,000 images can be gigabytes.
-
-    Where examples are missing to equal chunks, a label is -1, which no network says.
-    """
-    count = -(-len(images) // most)
-    size = -(-len(images) // count)
-    missing = count * size - len(images)
-    images = np.pad(images, [(0, missing), (0, 0), (0, 0)])
-    labels = np.pad(labels.astype(np.int32), (0, missing), constant_values=-1)
-    return list(zip(np.split(images, count), np.split(labels, count), strict=True))
-
-
-def binarize(images: Images, binarization: Binarization, key: Array) -> Float[Array, "..."]:
+def binarize(images: Images, binarization: str, key: Array) -> Float[Array, "..."]:
     """Grey levels 0..255 as the network's input, 0 or 1 (or between, with "none")."""
     levels = jnp.asarray(images)
     if binarization == "threshold":

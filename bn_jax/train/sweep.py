@@ -22,7 +22,7 @@ def grid_rows(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> 
     """A flat row per arm and combination of values, as in `sweep.csv`."""
     rows: list[Row] = []
     for arm, evaluations in arms.items():
-        for number, cell in enumerate(config.cells[:: config.seeds]):
+        for number, values in enumerate(config.grid):
             row = summarize_arm([e for e in evaluations if e.cell == number])
             levels = row.pop("steps_to")
             lost = sum(seed["diverged"] for seed in row.pop("seeds", {"": row}).values())
@@ -30,7 +30,7 @@ def grid_rows(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> 
             rows.append(
                 {
                     "arm": arm,
-                    **{name: getattr(cell, name) for name in config.axes},
+                    **values,
                     "seeds": config.seeds,
                     **row,
                     "diverged": lost,

@@ -8,9 +8,8 @@ import pytest
 
 from bn_jax.bench import train_step
 from bn_jax.data import Dataset
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.step import init_state
+from bn_jax.train.state import init_state
 
 MODELS = ("mlp", pytest.param("cnn", marks=pytest.mark.slow), "tower")
 CONFIGS = {
@@ -67,9 +66,7 @@ def test_torch_trains_the_same_network(model):
     torch = pytest.importorskip("torch")
     config = CONFIGS[model]
     images = np.zeros((2, 28, 28), np.uint8)
-    ours = jax.eval_shape(
-        lambda: init_state(build_model(config, "batch"), build_optimizer(config), images, 0)
-    )
+    ours = jax.eval_shape(lambda: init_state(config, "batch", images))
     theirs = train_step.torch_network(torch, config)
     logits = theirs(torch.zeros(2, 28, 28))
     assert logits.shape == (2, 10)

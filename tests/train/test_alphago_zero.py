@@ -99,7 +99,9 @@ def test_a_zero_scale_makes_the_block_a_rectifier(train, block):
     """So that where its input is not negative, as after another block, it is the identity."""
     variables, x = block
     variables["params"]["BatchNorm_0"]["scale"] = jnp.zeros(4)
-    y, _ = ResidualBlock(4, BatchNorm).apply(variables, x, train, mutable=["batch_stats"])
+    y, _ = ResidualBlock(filters=4, normalization=BatchNorm).apply(
+        variables, x, train, mutable=["batch_stats"]
+    )
     np.testing.assert_array_equal(y, jnp.maximum(x, 0))
 
 
@@ -119,7 +121,9 @@ def test_the_block_by_hand(train, block):
     params = variables["params"]
     hidden = jax.nn.relu(norm(conv(x, params["NormalizedLayer_0"])))
     expected = jax.nn.relu(x + norm(conv(hidden, params)))
-    y, _ = ResidualBlock(4, BatchNorm).apply(variables, x, train, mutable=["batch_stats"])
+    y, _ = ResidualBlock(filters=4, normalization=BatchNorm).apply(
+        variables, x, train, mutable=["batch_stats"]
+    )
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -131,7 +135,7 @@ def test_without_batch_norm_the_block_has_biases(block):
 
     def forward(bias):
         params["Conv_0"]["bias"] = jnp.full(4, bias)
-        return ResidualBlock(4).apply({"params": params}, x, False)
+        return ResidualBlock(filters=4).apply({"params": params}, x, False)
 
     # The second one reaches the output as it is, where the rectifier lets it.
     np.testing.assert_allclose(forward(101.0), forward(100.0) + 1, rtol=1e-6)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from bn_jax.train import checkpoint
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -23,7 +22,8 @@ from bn_jax.train.checkpoint import (
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk
 from bn_jax.train.progress import begin
-from bn_jax.train.step import init_state, make_train_step
+from bn_jax.train.state import init_state
+from bn_jax.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -33,15 +33,17 @@ failing = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
 
 
 def build(arm="batch", **options):
-    config = TrainConfig(hidden=(8,), batch_size=20, **options)
-    return build_model(config, arm), build_optimizer(config)
+    return TrainConfig(hidden=(8,), batch_size=20, **options), arm
 
 
 SETTINGS = {"arm": "batch", "hidden": [8]}
 
 
 def start(parts, seed=0):
-    return begin(init_state(*parts, jnp.zeros((2, 28, 28), jnp.uint8), seed))
+    config, arm = parts
+    return begin(
+        init_state(config.with_values({"seed": seed}), arm, np.zeros((2, 28, 28), np.uint8))
+    )
 
 
 def save(folder, *states):
@@ -86,7 +88,7 @@ def at(step, seed=0):
 )
 def test_a_state_is_all_that_is_needed_to_go_on(arm, options, tmp_path, digits):
     parts = build(arm, **options)
-    step = make_train_step(*parts, options.get("binarization", "threshold"))
+    step = make_train_step(*parts)
     data = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels, jnp.int32)
 
     def go_on(state):
@@ -169,7 +171,7 @@ def test_without_a_checkpoint(make, tmp_path):
 def test_of_another_network(arm, options, tmp_path):
     save(tmp_path, at(5))
     config = TrainConfig(**options)
-    like = jax.eval_shape(lambda: start((build_model(config, arm), build_optimizer(config))))
+    like = jax.eval_shape(lambda: start((config, arm)))
     message = rf"{tmp_path / '5'} is of another version of bn_jax, .*; use that version, or train"
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, like)
@@ -274,14 +276,13 @@ def test_a_checkpoint_moves_to_another_device(tmp_path):
     assert {d for leaf in jax.tree.leaves(loaded) for d in leaf.devices()} == {jax.devices()[0]}
     script = f"""
 import jax, jax.numpy as jnp, pathlib
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.checkpoint import load_newest
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.progress import begin
-from bn_jax.train.step import init_state
+from bn_jax.train.state import init_state
 config = TrainConfig(hidden=(8,), batch_size=20)
-parts = build_model(config, "batch"), build_optimizer(config)
-like = jax.eval_shape(lambda: begin(init_state(*parts, jnp.zeros((2, 28, 28), jnp.uint8), 0)))
+images = jnp.zeros((2, 28, 28), jnp.uint8)
+like = jax.eval_shape(lambda: begin(init_state(config, "batch", images)))
 folder = pathlib.Path({str(tmp_path / "checkpoints")!r})
 print(jax.device_count(), load_newest(folder, like, {SETTINGS}).step)
 """

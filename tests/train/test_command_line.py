@@ -129,6 +129,8 @@ CHANGED = {
     "decay": 0.5,
     "epsilon": 0.1,
     "group_size": 5,
+    "renorm": (3.0, 5.0),
+    "precision": "float16",
 }
 
 
@@ -145,7 +147,8 @@ def test_what_is_unused_is_what_changes_no_network(model, average):
         same = repr(networks[0]) == repr(networks[1])
         assert same == (name in config.unused), name
     fields = {*GROUPS["model"].__dataclass_fields__, *GROUPS["normalization"].__dataclass_fields__}
-    assert fields == {*CHANGED, "model", "norm", "init_std"}  # which no repr shows
+    hidden = {"init_std", "statistics"}  # which no repr shows
+    assert fields == {*CHANGED, "model", "norm", *hidden}
 
 
 def test_what_an_older_run_recorded_is_read():

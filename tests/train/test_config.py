@@ -20,7 +20,8 @@ ranges = {
     "filters": positive,
     "blocks": st.integers(0, 50),
     "init_std": st.none() | st.floats(0, 1e6, exclude_min=True),
-    "decay": st.floats(0, 1),
+    "decay": st.floats(0, 1) | st.just((0.9, 0.99)),
+    "renorm": st.none() | st.just((3.0, 5.0)),
     "epsilon": rates,
     "learning_rate": rates,
     "weight_decay": rates,
@@ -51,6 +52,8 @@ def configs(draw):
     if fields["norm"] != "none":
         fields["batch_size"] = max(2, fields["batch_size"])
     fields["batch_size"] *= fields["micro_batches"] * (fields["devices"] or 1)
+    if fields["renorm"]:
+        fields["group_size"] = None
     if fields["group_size"]:
         fields["batch_size"] *= fields["group_size"]
     return TrainConfig(**fields)
@@ -122,6 +125,9 @@ OUT_OF_RANGE = [
     ("decay", -0.1, "between 0 and 1"),
     ("decay", 1.1, "between 0 and 1"),
     ("decay", float("nan"), "between 0 and 1"),
+    ("decay", (0.9, 1.5), "between 0 and 1"),
+    *(("decay", decays, "different numbers") for decays in ((), (0.9, 0.9))),
+    *(("renorm", limits, "R_MAX of at least 1") for limits in ((0.5, 5), (3, -1), (3,), 3)),
     *(
         ("over", over, "NAME=NUMBER,NUMBER,… with NAME one of learning-rate, init-std, decay, ")
         for over in (
@@ -259,8 +265,31 @@ def test_every_value_of_a_grid_is_checked():
 
 def test_the_cells_of_a_grid():
     config = TrainConfig(over=("learning-rate=0.1,1e-2", "init_std=0.5"), seeds=2, seed=7)
-    cells = [(cell.learning_rate, cell.init_std, cell.seed) for cell in config.cells]
+    cells = [(run.learning_rate, run.init_std, run.seed) for run in config.runs]
     assert cells == [(0.1, 0.5, 7), (0.1, 0.5, 8), (0.01, 0.5, 7), (0.01, 0.5, 8)]
     assert config.names == [(0, 7), (0, 8), (1, 7), (1, 8)]
-    assert config.cells[3] == TrainConfig(learning_rate=0.01, init_std=0.5, seed=8)
-    assert TrainConfig().cells == [TrainConfig()]
+    assert config.runs[3] == TrainConfig(learning_rate=0.01, init_std=0.5, seed=8)
+    assert TrainConfig().runs == [TrainConfig()]
+
+
+def test_one_run_carries_several_averages():
+    """The decays change nothing else; with renorm they do, and each has a run of its own."""
+    rates = {"over": ("learning-rate=0.1,0.2",), "seeds": 2}
+    for config in (
+        TrainConfig(decay=(0.9, 0.5), **rates),
+        TrainConfig(over=("decay=0.9,0.5", *rates["over"]), seeds=2),
+    ):
+        assert config.axes == {"learning_rate": (0.1, 0.2), "decay": (0.9, 0.5)}
+        assert (len(config.runs), config.decays, len(config.grid)) == (4, 2, 4)
+        assert config.names[:5] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]
+        assert config.grid[2] == {"learning_rate": 0.2, "decay": 0.9}
+    config = TrainConfig(decay=(0.9, 0.5), renorm=(3, 5))
+    assert [run.decay for run in config.runs] == [0.9, 0.5]
+    assert (config.decays, config.names) == (1, [(0, 0), (1, 0)])
+
+
+def test_devices_share_the_runs_where_these_are_a_multiple():
+    assert TrainConfig(seeds=8, devices=8).splits_runs  # though 60 is no multiple of 8
+    assert not TrainConfig(seeds=6, devices=4).splits_runs
+    assert not TrainConfig(devices=2).splits_runs
+    assert not TrainConfig(decay=(0.1, 0.2), devices=2).splits_runs

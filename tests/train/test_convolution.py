@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.convolution import convolve
-from bn_jax.train.loop import build_gradients, run_chunk
-from bn_jax.train.placement import ONE_DEVICE
+from bn_jax.train.loop import run_chunk
 from bn_jax.train.progress import begin
-from bn_jax.train.step import init_state, make_train_step
+from bn_jax.train.state import init_state
+from bn_jax.train.step import make_train_step
 
 FAST = "b01f_01io->b01f"
 
@@ -84,12 +83,10 @@ def test_what_it_does_not_cover_is_jax_own(options):
 
 def orders_in_a_loop(config, digits):
     """The orders of axes in which a chunk of steps convolves, when compiled."""
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
     images = jnp.asarray(digits.train_images)
     labels = jnp.asarray(digits.train_labels, jnp.int32)
-    gradients = build_gradients(config, ONE_DEVICE)
-    step = make_train_step(model, optimizer, config.binarization, gradients)
-    start = jax.eval_shape(lambda: begin(init_state(model, optimizer, images[:2], 0)))
+    step = make_train_step(config, "batch")
+    start = jax.eval_shape(lambda: begin(init_state(config, "batch", images[:2])))
     lowered = run_chunk.lower(step, start, images, labels, steps=4, batch_size=20)
     text = lowered.compile().as_text()
     assert " while(" in text

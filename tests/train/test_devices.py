@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from bn_jax.data import Dataset
-from bn_jax.train import loop, placement
-from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train import placement, scoring
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.placement import ONE_DEVICE, make_placement
 from bn_jax.train.progress import begin
-from bn_jax.train.step import init_state, make_train_step
+from bn_jax.train.state import init_state
+from bn_jax.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -75,7 +75,7 @@ def test_each_device_holds_its_share(digits):
 
 def test_what_fills_up_the_mesh_is_not_counted(digits, monkeypatch):
     """Of 9 test images on 8 devices, 7 are none: no label is right for them."""
-    monkeypatch.setattr(loop, "count_right", lambda *args: jnp.sum(args[-1] >= 0))
+    monkeypatch.setattr(scoring, "each_average", lambda *_: lambda *args: jnp.sum(args[-1] >= 0))
     few = digits._replace(test_images=digits.test_images[:9], test_labels=digits.test_labels[:9])
     _, (evaluation,) = run(few, steps=0)
     assert evaluation.test_accuracy == 1
@@ -84,12 +84,11 @@ def test_what_fills_up_the_mesh_is_not_counted(digits, monkeypatch):
 def test_each_device_computes_its_share(digits):
     """Of the compiled step: products of 3 examples of a batch of 24, and none of all 24."""
     config = TrainConfig(hidden=(100,), batch_size=24)
-    model, optimizer = build_model(config, "batch"), build_optimizer(config)
     mesh = make_placement(8)
     images = mesh.examples(digits.train_images)
     labels = mesh.examples(digits.train_labels.astype(np.int32))
-    state = mesh.everywhere(init_state(model, optimizer, jnp.zeros((2, 28, 28)), 0))
-    step = make_train_step(model, optimizer, "threshold")
+    state = mesh.everywhere(init_state(config, "batch", np.zeros((2, 28, 28), np.uint8)))
+    step = make_train_step(config, "batch", mesh)
     sizes = {"steps": 2, "batch_size": 24, "placement": mesh}
     text = run_chunk.lower(step, begin(state), images, labels, **sizes).compile().as_text()
     products = re.findall(r"f32\[(\d+),100\]\S* dot\(", text)

@@ -18,8 +18,10 @@ from bn_jax.train.checkpoint import CheckpointError, newest_checkpoint
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import progress_bars
 from bn_jax.train.experiment import Interrupted, evaluate_run, run_experiment
-from bn_jax.train.loop import Evaluation, begin_run
+from bn_jax.train.loop import Evaluation
+from bn_jax.train.progress import begin
 from bn_jax.train.run_folder import RunFolder, RunFolderError
+from bn_jax.train.state import init_runs
 
 pytestmark = pytest.mark.usefixtures("on_digits")
 
@@ -42,6 +44,8 @@ ALL_FLAGS = [
         "average": "ema",
         "activation": "sigmoid",
         "binarization": "none",
+        "precision": "float32",
+        "statistics": "batch",
     },
     {
         "model": "cnn",
@@ -58,6 +62,9 @@ ALL_FLAGS = [
         "device": "cpu",
         "weight_decay": 0.01,
         "micro_batches": 4,
+        "precision": "bfloat16",
+        "statistics": "population",
+        "renorm": (3.0, 5.0),
     },
     {
         "model": "tower",
@@ -73,6 +80,8 @@ ALL_FLAGS = [
         "seed": 3,
         "max_bad_steps": 7,
         "seeds": 2,
+        "precision": "float16",
+        "statistics": "running",
     },
     {"model": "mlp", "norm": "none", "hidden": (8,), "activation": "relu"},
 ]
@@ -127,9 +136,9 @@ def test_every_flag(options, tmp_path, main):
         step for _ in config.arms for step in (0, 2) for _ in config.all_seeds
     ]
     summary = json.loads((folder.path / "summary.json").read_text())
-    for arm, row in evaluate_run(folder).items():
+    for row in evaluate_run(folder):
         assert row["step"] == 2
-        assert row["test_accuracy"] == summary["arms"][arm]["final_test_accuracy"]
+        assert row["test_accuracy"] == summary["arms"][row["arm"]]["final_test_accuracy"]
 
 
 def test_the_table_above_has_every_flag_and_every_choice():
@@ -155,7 +164,7 @@ def instant(monkeypatch):
     """Training takes no time and changes nothing but the step."""
 
     def train(config, arm, data, watch, resumed):
-        start = begin_run(config, arm, data.train_images[:2])
+        start = begin(init_runs(config, arm, data.train_images[:2]))
         best = {"batch": 0.9, "none": 0.5}[arm]
         for step in (*range(0, config.steps, config.evaluate_every), config.steps):
             state = start.state._replace(step=jnp.asarray(step, jnp.int32))
@@ -280,7 +289,7 @@ def test_no_steps(tmp_path):
         ("batch", 0),
         ("none", 0),
     ]
-    assert {row["step"] for row in evaluate_run(folder).values()} == {0}
+    assert {row["step"] for row in evaluate_run(folder)} == {0}
 
 
 def test_divergence_is_recorded_not_hidden(tmp_path):
@@ -290,7 +299,7 @@ def test_divergence_is_recorded_not_hidden(tmp_path):
     with Image.open(folder.path / "curves.png") as image:
         image.verify()
     assert "NaN" not in (folder.path / "summary.json").read_text()
-    assert evaluate_run(folder)["none"]["step"] == 4
+    assert [(row["arm"], row["step"]) for row in evaluate_run(folder)] == [("none", 4)]
 
 
 def test_a_taken_folder_stays_as_it_is(tmp_path, instant):
@@ -367,8 +376,8 @@ def test_a_run_that_was_stopped_early_has_one_arm(tmp_path, monkeypatch, instant
     monkeypatch.setattr(experiment, "metrics_line", interrupt_at(0))
     with pytest.raises(Interrupted):
         run(tmp_path / "run")
-    row = evaluate_run(RunFolder(tmp_path / "run"))
-    assert {arm: result["step"] for arm, result in row.items()} == {"batch": 4}
+    rows = evaluate_run(RunFolder(tmp_path / "run"))
+    assert [(row["arm"], row["step"]) for row in rows] == [("batch", 4)]
 
 
 def test_a_run_that_was_stopped_at_once_has_none(tmp_path, monkeypatch, instant):

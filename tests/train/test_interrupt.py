@@ -88,9 +88,9 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_has(name, stopped):
     newest = max(checkpoints(folder), key=lambda path: int(path.name))
     said = f"stopped at step {int(newest.name):,} with batch norm; to go on: bn-jax train --resume"
     assert (status, stderr) == (143 if name == "ended" else 130, f"{said} {folder}\n")
-    results = evaluate_run(RunFolder(folder))
-    assert results["batch"]["step"] == int(newest.name)
-    assert 0 <= results["batch"]["test_accuracy"] <= 1
+    (row,) = evaluate_run(RunFolder(folder))
+    assert row["step"] == int(newest.name)
+    assert 0 <= row["test_accuracy"] <= 1
 
 
 def test_a_kill(stopped, start, finish):

@@ -1,5 +1,6 @@
 """Chunks of steps under `lax.scan` are the steps one by one, wherever the chunks end."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from bn_jax.train.batches import batch_indices
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.chunks import STEPS, next_call, split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.progress import begin, careful, trusting
-from bn_jax.train.step import accuracy, init_state, make_train_step
+from bn_jax.train.scoring import make_score
+from bn_jax.train.state import init_state
+from bn_jax.train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -59,10 +61,9 @@ def test_evaluations_before_the_first_step_and_after_each_chunk(in_chunks, digit
     assert np.isnan(first.train_loss)
     assert first.examples_per_second == 0
     assert all(e.examples_per_second > 0 for e in rest)
-    images, labels = jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels)
+    score = make_score(CONFIG, "batch", digits)
     for state, evaluation in zip(states, evaluations, strict=True):
-        score = accuracy(build_model(CONFIG, "batch"), "threshold", state, images, labels)
-        assert evaluation.test_accuracy == float(score)
+        assert evaluation.test_accuracy == float(score(state))
 
 
 @pytest.mark.parametrize("arm", ["batch", "none"])
@@ -74,11 +75,11 @@ def test_it_learns(arm, digits):
 
 @pytest.mark.parametrize(("arm", "binarization"), [("batch", "stochastic"), ("none", "threshold")])
 def test_a_chunk_is_its_steps_one_by_one(arm, binarization, digits):
-    model, optimizer = build_model(CONFIG, arm), build_optimizer(CONFIG)
+    config = dataclasses.replace(CONFIG, binarization=binarization)
     images = jnp.asarray(digits.train_images)
     labels = jnp.asarray(digits.train_labels, jnp.int32)
-    train_step = make_train_step(model, optimizer, binarization)
-    state = start = init_state(model, optimizer, images[:2], 0)
+    train_step = make_train_step(config, arm)
+    state = start = init_state(config, arm, images[:2])
     step, losses = jax.jit(train_step), []
     # 15 steps of 20 span two epochs of 240.
     rows = batch_indices(start.key, start.step, 15, 20, len(images))
@@ -117,8 +118,8 @@ def test_a_seed_is_a_run(in_one_go, digits):
 
 
 def test_the_seed_is_that_of_initial_weights_and_of_the_order(digits):
-    model, optimizer = build_model(CONFIG, "batch"), build_optimizer(CONFIG)
-    states = [init_state(model, optimizer, digits.train_images[:2], seed) for seed in (0, 1)]
+    configs = [dataclasses.replace(CONFIG, seed=seed) for seed in (0, 1)]
+    states = [init_state(config, "batch", digits.train_images[:2]) for config in configs]
     a, b = (state.params["Dense_0"]["kernel"] for state in states)
     assert np.any(a != b)
     a, b = (batch_indices(state.key, state.step, 3, 20, 240) for state in states)
@@ -172,10 +173,9 @@ def test_a_call_has_as_many_steps_as_its_time_allows():
 
     def size(**options):
         config = TrainConfig(**options)
-        model, optimizer = build_model(config, "batch"), build_optimizer(config)
         images = np.zeros((config.batch_size, 28, 28), np.uint8)
-        state = init_state(model, optimizer, images[:1], 0)
-        return steps_per_call(make_train_step(model, optimizer, "threshold"), state, images)
+        state = init_state(config, "batch", images[:1])
+        return steps_per_call(make_train_step(config, "batch"), state, images)
 
     assert size(hidden=(1,)) == STEPS
     wide = 2e10 / (2 * 2 * 60 * 784 * 1000)

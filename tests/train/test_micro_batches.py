@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax.core.averages import Ema
-from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.build import build_model
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.loop import build_gradients, train
-from bn_jax.train.micro_batches import accumulate
-from bn_jax.train.placement import ONE_DEVICE
-from bn_jax.train.step import TrainState, binarize, init_state, whole_batch
+from bn_jax.train.loop import train
+from bn_jax.train.state import TrainState, init_state, remember
+from bn_jax.train.step import binarize, make_train_step, passes
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -27,12 +25,15 @@ MODELS = {
 }
 
 
-whole = jax.jit(whole_batch, static_argnums=0)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def in_parts(parts, model, *arguments):
-    return accumulate(parts, Ema(DECAY))(model, *arguments)
+def in_parts(parts, model, state, *batch):
+    """Loss, new statistics and gradients."""
+    found = passes(model, state, *batch, parts)
+    config = TrainConfig(average="ema", decay=DECAY)
+    return found.loss, remember(config, state.batch_stats, found.moments), found.grads
+
+
+whole = functools.partial(in_parts, 1)
 
 
 def setup(name, fill, digits, arm="batch"):
@@ -61,11 +62,6 @@ def layers(tree):
 
 def close(tree, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), tree, expected)
-
-
-def test_one_part_is_the_plain_step():
-    assert build_gradients(TrainConfig(), ONE_DEVICE) is whole_batch
-    assert build_gradients(TrainConfig(micro_batches=2), ONE_DEVICE) is not whole_batch
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,23 +125,9 @@ def test_without_batch_norm_parts_make_no_difference(fill, digits):
     close(got, whole(model, state, inputs, labels), rtol=1e-5, atol=1e-6)
 
 
-def test_a_part_that_is_not_finite_is_left_out(fill, digits):
-    """As the layer leaves out a whole batch: its features keep what the other parts say."""
+def test_parts_that_are_not_finite_leave_the_statistics_as_they_were(fill, digits):
     model, state, inputs, labels = setup("mlp", fill, digits)
-    size = BATCH // PARTS
-    bad = inputs.at[size].set(jnp.nan)
-    _, stats, _ = in_parts(PARTS, model, state, bad, labels)
-    good = np.delete(np.asarray(inputs, np.float64), np.s_[size : 2 * size], axis=0)
-    first = state.params["NormalizedLayer_0"]["Dense_0"]["kernel"]
-    x = good.reshape(len(good), -1) @ np.asarray(first, np.float64)
-    path = ("NormalizedLayer_0", "BatchNorm_0")
-    old, new = at(state.batch_stats, path), at(stats, path)
-    for name, value in (("mean", x.mean(0)), ("var", x.var(0, ddof=1))):
-        expected = DECAY * np.asarray(old[name]) + (1 - DECAY) * value
-        np.testing.assert_allclose(new[name], expected, rtol=1e-5, atol=1e-5)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(stats))
-
-    _, stats, _ = in_parts(PARTS, model, state, jnp.full_like(inputs, jnp.nan), labels)
+    _, stats, _ = in_parts(PARTS, model, state, inputs.at[BATCH // PARTS].set(jnp.nan), labels)
     jax.tree.map(np.testing.assert_array_equal, stats, state.batch_stats)
 
 
@@ -170,17 +152,13 @@ def test_parts_are_ghost_batch_norm(digits):
 def test_the_state_keeps_its_shape(digits):
     """As `lax.scan` demands; traced, not compiled."""
     for name, fields in MODELS.items():
-        config = TrainConfig(batch_size=BATCH, **fields)
+        config = TrainConfig(batch_size=BATCH, micro_batches=PARTS, **fields)
         for arm in ("batch", "none"):
-            model, optimizer = build_model(config, arm), build_optimizer(config)
-            images = jnp.asarray(digits.train_images[:BATCH])
+            images = digits.train_images[:BATCH]
 
-            def both(model=model, optimizer=optimizer, images=images):
-                state = init_state(model, optimizer, images, 0)
-                inputs = images.astype(jnp.float32)
-                gradients = accumulate(PARTS, Ema(DECAY))
-                _, stats, grads = gradients(model, state, inputs, labels_of(digits))
-                return (state.batch_stats, state.params), (stats, grads)
+            def both(config=config, arm=arm, images=images):
+                state = init_state(config, arm, images)
+                return state, make_train_step(config, arm)(state, images, labels_of(digits))[0]
 
             old, new = jax.eval_shape(both)
             assert jax.tree.structure(old) == jax.tree.structure(new), name

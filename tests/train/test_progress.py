@@ -8,15 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from bn_jax.train import loop
+from bn_jax.train import loop, state, step
 from bn_jax.train.batches import batch_indices
-from bn_jax.train.build import build_model, build_optimizer
+from bn_jax.train.build import build_optimizer
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.experiment import Diverged, evaluate_run, run_experiment
 from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.progress import begin, careful, is_finite, trusting
 from bn_jax.train.run_folder import RunFolder
-from bn_jax.train.step import cross_entropy, init_state, make_train_step, whole_batch
+from bn_jax.train.state import init_state
+from bn_jax.train.step import cross_entropy, make_train_step, passes
 from tests.train.test_experiment import quiet, records
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -27,8 +28,7 @@ NAN = jnp.float32(np.nan)
 
 
 def parts(arm="batch", **options):
-    config = TrainConfig(**SMALL | options)
-    return build_model(config, arm), build_optimizer(config)
+    return TrainConfig(**SMALL | options), arm
 
 
 def leaves(state):
@@ -40,34 +40,33 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y, strict=True)
 
 
-def spoiled(train_step, bad, value=NAN):
+def spoiled(parts, bad, value=NAN):
     """The loss of some steps, and with it every gradient, is not finite."""
 
-    def gradients(model, state, inputs, labels):
-        loss, stats, grads = whole_batch(model, state, inputs, labels)
+    def spoil(model, state, *batch):
         factor = jnp.where(jnp.isin(state.step, jnp.array(bad)), value, 1)
         # As NaN in a batch has it: all of them.
-        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), (loss, stats, grads))
+        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), passes(model, state, *batch))
 
-    return make_train_step(*train_step, "threshold", gradients)
+    return make_train_step(*parts, passes=spoil)
 
 
-def spoiled_gradient(train_step, bad, value=jnp.inf):
+def spoiled_gradient(parts, bad, value=jnp.inf):
     """One number of one gradient is infinite; the loss is good."""
 
-    def gradients(model, state, inputs, labels):
-        loss, stats, grads = whole_batch(model, state, inputs, labels)
+    def spoil(model, state, *batch):
+        found = passes(model, state, *batch)
         factor = jnp.where(jnp.isin(state.step, jnp.array(bad)), value, 1)
-        kernel = grads["Dense_0"]["kernel"]
-        grads["Dense_0"]["kernel"] = kernel.at[0, 0].multiply(factor)
-        return loss, stats, grads
+        kernel = found.grads["Dense_0"]["kernel"]
+        found.grads["Dense_0"]["kernel"] = kernel.at[0, 0].multiply(factor)
+        return found
 
-    return make_train_step(*train_step, "threshold", gradients)
+    return make_train_step(*parts, passes=spoil)
 
 
-def spoiled_labels(train_step, bad):
+def spoiled_labels(parts, bad):
     """A label that is no class gives the loss NaN."""
-    step = make_train_step(*train_step, "threshold")
+    step = make_train_step(*parts)
 
     def take(state, images, labels):
         is_bad = jnp.isin(state.step, jnp.array(bad))
@@ -84,7 +83,7 @@ def test_a_bad_step_is_as_if_its_batch_had_not_been(spoil, optimizer, digits):
     """Steps 2 and 5 of 9 leave the state as it was, but for the count of steps."""
     network = parts(optimizer=optimizer)
     data = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels, jnp.int32)
-    start = init_state(*network, data[0][:2], 0)
+    start = init_state(*network, data[0][:2])
     bad = [2, 5]
     chunk = {"steps": 9, "batch_size": 20}
     _, finite = run_chunk(spoil(network, bad), begin(start), *data, **chunk)
@@ -93,7 +92,7 @@ def test_a_bad_step_is_as_if_its_batch_had_not_been(spoil, optimizer, digits):
     assert finite
     assert (got.step, int(got.good), int(got.bad), int(got.in_a_row)) == (9, 7, 2, 0)
 
-    step, state, losses = jax.jit(make_train_step(*network, "threshold")), start, 0.0
+    step, state, losses = jax.jit(make_train_step(*network)), start, 0.0
     for number, rows in enumerate(batch_indices(start.key, start.step, 9, 20, 240)):
         if number in bad:
             state = state._replace(step=state.step + 1)
@@ -110,7 +109,7 @@ def test_bad_steps_in_a_row_across_calls_end_it(digits):
     """At the third nothing moves any more, not even the count, whatever comes then."""
     network = parts()
     data = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels, jnp.int32)
-    start = begin(init_state(*network, data[0][:2], 0))
+    start = begin(init_state(*network, data[0][:2]))
     options = {"steps": 4, "batch_size": 20, "take": careful(3)}
     step = spoiled(network, [3, 4, 5])
     first, _ = run_chunk(step, start, *data, **options)
@@ -133,12 +132,17 @@ def test_what_is_finite():
         assert not is_finite(good | {"a": jnp.ones(3).at[1].set(value)})
 
 
-def test_optax_looks_after_its_own_part(digits):
+def test_optax_looks_after_its_own_part(digits, monkeypatch):
     """With `apply_if_finite` inside of the optimizer, a bad loss still undoes the statistics."""
-    model, optimizer = parts()
-    network = model, optax.apply_if_finite(optimizer, 2)
+    network = parts()
+    for module in (state, step):
+        monkeypatch.setattr(
+            module,
+            "build_optimizer",
+            lambda config: optax.apply_if_finite(build_optimizer(config), 2),
+        )
     data = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels, jnp.int32)
-    start = begin(init_state(*network, data[0][:2], 0))
+    start = begin(init_state(*network, data[0][:2]))
     got, finite = run_chunk(
         spoiled(network, [1, 2, 3, 4]), start, *data, steps=6, batch_size=20, take=careful(9)
     )
@@ -152,8 +156,8 @@ def spoil(monkeypatch):
     """From now on, these steps of training are bad."""
 
     def spoil(*bad):
-        def make(model, optimizer, *_):
-            return spoiled((model, optimizer), bad)
+        def make(config, arm, *_):
+            return spoiled((config, arm), bad)
 
         monkeypatch.setattr(loop, "make_train_step", make)
 
@@ -204,8 +208,8 @@ def test_a_diverged_arm_is_called_so(digits, spoil, tmp_path, on_digits):
     ]
     arm = json.loads((tmp_path / "run" / "summary.json").read_text())["arms"]["batch"]
     assert (arm["diverged"], arm["bad_steps"], arm["steps"]) == (True, 3, 9)
-    row = evaluate_run(RunFolder(tmp_path / "run"))["batch"]
-    assert row == {"step": 9, "test_accuracy": arm["final_test_accuracy"]}
+    (row,) = evaluate_run(RunFolder(tmp_path / "run"))
+    assert row == {"arm": "batch", "step": 9, "test_accuracy": arm["final_test_accuracy"]}
 
 
 def test_the_other_arm_goes_on_and_the_status_is_1(main, tmp_path, on_digits, capsys):

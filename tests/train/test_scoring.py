@@ -1,15 +1,14 @@
 """Scores by running, population and batch statistics."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import pytest
 
-from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.experiment import members
 from bn_jax.train.loop import train
-from bn_jax.train.scoring import score
-from bn_jax.train.step import init_state
+from bn_jax.train.scoring import make_score
+from bn_jax.train.state import init_state
 
 CONFIG = TrainConfig(hidden=(16,), batch_size=20, steps=60, evaluate_every=60, learning_rate=1.0)
 
@@ -18,14 +17,12 @@ CONFIG = TrainConfig(hidden=(16,), batch_size=20, steps=60, evaluate_every=60, l
 def trained(digits):
     with jax.numpy_dtype_promotion("standard"):
         *_, (progress, _) = train(CONFIG, "batch", digits)
-    (state,) = members(progress.state, 1)
-    return state
+    return progress.state
 
 
 def scores(state, digits, arm="batch"):
-    model = build_model(CONFIG, arm)
     return {
-        kind: score(model, CONFIG.binarization, CONFIG.batch_size, state, digits, kind)
+        kind: float(make_score(dataclasses.replace(CONFIG, statistics=kind), arm, digits)(state))
         for kind in ("running", "population", "batch")
     }
 
@@ -41,6 +38,5 @@ def test_statistics_that_were_lost_are_to_blame(trained, digits, lenient):
 
 
 def test_without_batch_norm_all_are_one(digits, lenient):
-    model, optimizer = build_model(CONFIG, "none"), build_optimizer(CONFIG)
-    state = init_state(model, optimizer, jnp.asarray(digits.train_images[:2]), 0)
+    state = init_state(CONFIG, "none", digits.train_images[:2])
     assert len(set(scores(state, digits, "none").values())) == 1

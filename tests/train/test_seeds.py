@@ -44,17 +44,18 @@ def leaves(progress):
     [
         ("batch", {"optimizer": "momentum", "binarization": "stochastic"}),
         ("batch", {"devices": 4, "micro_batches": 5}),
+        pytest.param("batch", {"devices": 2}, marks=pytest.mark.slow),
         pytest.param("none", {}, marks=pytest.mark.slow),
         pytest.param(
             "batch", {"model": "cnn", "hidden": (100,), "filters": 2}, marks=pytest.mark.slow
         ),
     ],
-    ids=["mlp", "devices", "without", "cnn"],
+    ids=["mlp", "devices", "a device each", "without", "cnn"],
 )
 def test_each_seed_is_its_separate_run(arm, options, digits):
     """Its own weights, batches and draws; equal but for rounding."""
     together = calls(digits, arm, seed=3, seeds=2, **options)
-    alone = calls(digits, arm, seed=4, **options)
+    alone = calls(digits, arm, seed=4, **options | {"devices": None})
     assert [e.seed for e in together[0][1]] == [3, 4]
     for (progress, (_, got)), (own, (expected,)) in zip(together, alone, strict=True):
         assert (got.seed, got.step) == (expected.seed, expected.step)
@@ -86,7 +87,8 @@ def test_a_run_of_two_seeds(tmp_path, on_digits):
         (arm, step, seed) for arm in ("batch", "none") for step in (0, 3, 6) for seed in (5, 6)
     ]
     summary = json.loads((folder.path / "summary.json").read_text())
-    for arm, row in evaluate_run(folder).items():
+    for row in evaluate_run(folder):
+        arm = row["arm"]
         finals = [x["test_accuracy"] for x in lines if (x["arm"], x["step"]) == (arm, 6)]
         assert row["seeds"] == finals
         assert (
@@ -112,9 +114,9 @@ def test_it_goes_on_to_the_byte(tmp_path, on_digits, stop_after, monkeypatch):
 def test_one_seed_of_two_diverges(tmp_path, on_digits, monkeypatch):
     """Its last line says so; the other one is trained to the end, and is the mean."""
 
-    def make(model, optimizer, *_):
-        bad = spoiled((model, optimizer), range(4, 99))
-        good = spoiled((model, optimizer), ())
+    def make(config, arm, *_):
+        bad = spoiled((config, arm), range(4, 99))
+        good = spoiled((config, arm), ())
 
         def step(state, images, labels):
             key = jax.random.key_data(state.key)

@@ -1,5 +1,6 @@
 """One step of SGD against the paper's equations in numpy, float64; and the evaluation."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from bn_jax.data import Dataset
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.step import TrainState, accuracy, in_chunks, init_state, make_train_step
+from bn_jax.train.scoring import in_chunks, make_score
+from bn_jax.train.state import TrainState, init_state
+from bn_jax.train.step import make_train_step
 
 EPSILON, DECAY, RATE = 0.01, 0.9, 0.5
 
@@ -33,10 +37,9 @@ def make_state(config, arm, fill, images, seed=0):
     params, stats = variables["params"], variables.get("batch_stats", {})
     if stats:
         stats["NormalizedLayer_0"]["BatchNorm_0"]["count"] = jnp.zeros(6, jnp.int32)
-    state = TrainState(
+    return TrainState(
         params, stats, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed)
     )
-    return model, optimizer, state
 
 
 def softmax_gradient(logits, labels):
@@ -54,8 +57,8 @@ def double(tree):
 @pytest.mark.parametrize("arm", ["batch", "none"])
 def test_a_step_by_hand(arm, config, fill, batch, lenient):
     images, labels = batch
-    model, optimizer, state = make_state(config, arm, fill, images)
-    new, loss = jax.jit(make_train_step(model, optimizer, "threshold"))(state, images, labels)
+    state = make_state(config, arm, fill, images)
+    new, loss = jax.jit(make_train_step(config, arm))(state, images, labels)
 
     params = double(state.params)
     layer, last = params["NormalizedLayer_0"], params["Dense_0"]
@@ -111,8 +114,8 @@ def test_steps_are_a_plain_optax_loop(optimizer, config, fill, batch, lenient):
     }[optimizer]
     images, labels = batch
     config = TrainConfig(hidden=(6,), optimizer=optimizer, learning_rate=RATE)
-    model, ours, state = make_state(config, "none", fill, images)
-    train_step = jax.jit(make_train_step(model, ours, "threshold"))
+    model, state = build_model(config, "none"), make_state(config, "none", fill, images)
+    train_step = jax.jit(make_train_step(config, "none"))
 
     @jax.jit
     def plain_step(params, opt_state):
@@ -152,10 +155,8 @@ def test_every_choice_keeps_the_shape_of_the_state(model, arm, batch, lenient):
     sizes = {"hidden": (3,), "filters": 2, "blocks": 1, "weight_decay": 0.1}
 
     def one_step(config):
-        network, optimizer = build_model(config, arm), build_optimizer(config)
-        train_step = make_train_step(network, optimizer, "threshold")
-        state = init_state(network, optimizer, batch[0], 0)
-        return state, *train_step(state, *batch)
+        state = init_state(config, arm, batch[0])
+        return state, *make_train_step(config, arm)(state, *batch)
 
     for rule, schedule, average in SQUARE if model == "mlp" else SQUARE[::4]:
         config = TrainConfig(
@@ -170,8 +171,9 @@ def test_every_choice_keeps_the_shape_of_the_state(model, arm, batch, lenient):
 
 def test_a_stochastic_input_is_drawn_by_key_and_step(config, fill, batch, lenient):
     images, labels = batch
-    model, optimizer, state = make_state(config, "none", fill, jnp.full_like(images, 128))
-    train_step = jax.jit(make_train_step(model, optimizer, "stochastic"))
+    state = make_state(config, "none", fill, jnp.full_like(images, 128))
+    config = dataclasses.replace(config, binarization="stochastic")
+    train_step = jax.jit(make_train_step(config, "none"))
 
     def loss(state):
         return float(train_step(state, jnp.full_like(images, 128), labels)[1])
@@ -185,7 +187,7 @@ def test_a_stochastic_input_is_drawn_by_key_and_step(config, fill, batch, lenien
 def test_accuracy_is_the_share_of_right_labels(count, config, fill, digits):
     """Counted in chunks of any number of images; by the running statistics, not the batch's."""
     images = jnp.asarray(digits.train_images[:count])
-    model, _, state = make_state(config, "batch", fill, images)
+    state = make_state(config, "batch", fill, images)
     stats = double(state.batch_stats)["NormalizedLayer_0"]["BatchNorm_0"]
     params = double(state.params)
     layer, last = params["NormalizedLayer_0"], params["Dense_0"]
@@ -195,7 +197,8 @@ def test_accuracy_is_the_share_of_right_labels(count, config, fill, digits):
     said = (1 / (1 + np.exp(-y)) @ last["kernel"] + last["bias"]).argmax(1)
     # Labels of which two in three are what the network says, whatever it says.
     labels = np.where(np.arange(count) % 3 == 0, (said + 1) % 10, said)
-    got = accuracy(model, "threshold", state, images, jnp.asarray(labels))
+    examples = np.asarray(images), labels
+    got = make_score(config, "batch", Dataset(*examples, *examples))(state)
     assert float(got) == pytest.approx(np.mean(said == labels), abs=1e-6)
 
 

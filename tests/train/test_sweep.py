@@ -46,8 +46,8 @@ def test_a_cell_is_its_separate_run(over, options, digits):
     """The last of them, with the last seed."""
     config = TrainConfig(**SMALL, **options, over=over, seeds=2)
     grid = list(train(config, "batch", digits))
-    alone = list(train(config.cells[-1], "batch", digits))
-    assert len(grid[0][1]) == len(config.cells)
+    alone = list(train(config.runs[-1], "batch", digits))
+    assert len(grid[0][1]) == len(config.names)
     for (progress, evaluations), (own, (expected,)) in zip(grid, alone, strict=True):
         got = evaluations[-1]
         assert (got.step, got.seed, got.cell) == (expected.step, 1, len(config.grid) - 1)
@@ -112,8 +112,17 @@ def test_the_table_and_the_picture(folder):
     assert "learning-rate" in text
     with Image.open(folder / "curves.png") as image:
         assert image.size[0] > 1000  # two panels
-    with pytest.raises(ValueError, match=r"run holds a grid of runs; sweep.csv has their scores"):
-        evaluate_run(RunFolder(folder))
+
+
+def test_every_cell_is_scored_again(folder, on_digits):
+    rows = map(json.loads, (folder / "sweep.jsonl").read_text().splitlines())
+    scored = evaluate_run(RunFolder(folder))
+    assert len(scored) == 8
+    for row, again in zip(rows, scored, strict=True):
+        assert all(row[name] == again[name] for name in ("arm", "learning_rate", "init_std"))
+        if not row["diverged"]:
+            assert row["final_test_accuracy"] == pytest.approx(again["test_accuracy"])
+            assert len(again["seeds"]) == 2
 
 
 @pytest.mark.slow
@@ -139,4 +148,3 @@ def test_the_command(main, tmp_path, on_digits, capsys):
     assert main("sweep", *options) == 0
     out = capsys.readouterr().out
     assert "│ 1e-05   │" in out
-    assert "evaluate" not in out
