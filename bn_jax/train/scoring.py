@@ -110,12 +110,13 @@ def make_score(
 
 def training_mode(model: nn.Module) -> Forward:
     """A network in training mode: variables, inputs -> logits, new batch_stats."""
-    return functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    return lambda variables, x: model.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
 def evaluation_mode(model: nn.Module) -> Callable[[Any, Array], Array]:
     """A network in evaluation mode: variables, inputs -> logits."""
-    return functools.partial(model.apply, train=False)
+    evaluate: Any = functools.partial(model.apply, train=False)
+    return evaluate
 
 
 def inputs(images: np.ndarray, batch_size: int, binarization: str) -> Iterator[Array]:

@@ -63,7 +63,7 @@ def test_evaluations_before_the_first_step_and_after_each_chunk(in_chunks, digit
     assert all(e.examples_per_second > 0 for e in rest)
     score = make_score(CONFIG, "batch", digits)
     for state, evaluation in zip(states, evaluations, strict=True):
-        assert evaluation.test_accuracy == float(score(state))
+        assert evaluation.test_accuracy == score(state).item()
 
 
 @pytest.mark.parametrize("arm", ["batch", "none"])

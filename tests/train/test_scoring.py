@@ -22,7 +22,7 @@ def trained(digits):
 
 def scores(state, digits, arm="batch"):
     return {
-        kind: float(make_score(dataclasses.replace(CONFIG, statistics=kind), arm, digits)(state))
+        kind: make_score(dataclasses.replace(CONFIG, statistics=kind), arm, digits)(state).item()
         for kind in ("running", "population", "batch")
     }
 

@@ -199,7 +199,7 @@ def test_accuracy_is_the_share_of_right_labels(count, config, fill, digits):
     labels = np.where(np.arange(count) % 3 == 0, (said + 1) % 10, said)
     examples = np.asarray(images), labels
     got = make_score(config, "batch", Dataset(*examples, *examples))(state)
-    assert float(got) == pytest.approx(np.mean(said == labels), abs=1e-6)
+    assert got.item() == pytest.approx(np.mean(said == labels), abs=1e-6)
 
 
 @pytest.mark.parametrize(
