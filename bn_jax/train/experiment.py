@@ -272,10 +272,13 @@ def load_run(
     if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
         raise nothing
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
-    found = {arm: load_progress(config, arm, data, folder) for arm in config.arms}
-    if not any(found.values()):
+    trained: dict[Arm, Progress] = {}
+    for arm in config.arms:
+        if progress := load_progress(config, arm, data, folder):
+            trained[arm] = progress
+    if not trained:
         raise nothing
-    return data, {arm: progress for arm, progress in found.items() if progress}
+    return data, trained
 
 
 def versions() -> dict[str, Any]:
