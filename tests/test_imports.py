@@ -39,7 +39,8 @@ FORBIDDEN = {
     # converters know other libraries by the objects that are passed, and import none
     files_of(bn_jax.interop): HEAVY | PEERS | OURS - {"bn_jax.interop"},
     "bn_jax.layers": HEAVY,
-    "bn_jax.conform.oracle, bn_jax.conform.bars": HEAVY | OURS - {"bn_jax.conform"},
+    ", ".join(f"bn_jax.conform.{name}" for name in ("find", "generate", "judge")): HEAVY
+    | OURS - {"bn_jax.conform"},
     "bn_jax.explain": HEAVY | OURS - {"bn_jax.explain"},
     "bn_jax.explain.models": HEAVY - {"flax", "rich", "optax"} | {"bn_jax.data", "bn_jax.train"},
     # flax itself loads rich, and its nnx optax

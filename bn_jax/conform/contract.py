@@ -1,4 +1,4 @@
-"""What a batch norm offers to be tried, how it is found, and how it is called.
+"""What a batch norm on trial may offer, and how its functions are called.
 
 A batch norm on trial is a function `batch_norm`; five more may stand beside it, in its module or as
 attributes of the same object. All take and return numpy arrays, features last. `mask`, `masks` and
@@ -14,13 +14,9 @@ attributes of the same object. All take and return numpy arrays, features last. 
 .docs/conform.md explains them. What is absent, or raises NotImplementedError, is not offered.
 """
 
-import importlib
 import inspect
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +44,8 @@ class Candidate(NamedTuple):
         functions: those of FUNCTIONS that it offers.
         unbiased: whether it says that its running variance is unbiased; None if it says nothing.
 
-    >>> candidate = find("bn_jax.conform.example")
-    >>> sorted(candidate.functions)
+    >>> from bn_jax.conform.find import find
+    >>> sorted(find("bn_jax.conform.example").functions)
     ['batch_norm', 'gradient', 'infer', 'renorm', 'running', 'sharded']
     """
 
@@ -68,69 +64,6 @@ class RefusedError(Exception):
 
 class MalformedError(Exception):
     """What it returned is not what the contract says."""
-
-
-def find(target: str) -> Candidate:
-    """Import a batch norm by name, `module:function` or `module:object` or `module`.
-
-    Importing a module runs its code. The working directory is searched first, as by `python -m`.
-
-    Raises:
-        ValueError: there is none by that name; the message says what is there.
-    """
-    place, _, attribute = target.partition(":")
-    if place.endswith(".py") or "/" in place:
-        raise ValueError(
-            f"{target}: a path; name the module as in an import, from its folder, e.g. "
-            f"{os.path.basename(place).removesuffix('.py')}:{attribute or 'batch_norm'}"
-        )
-    with working_directory_first():
-        try:
-            owner: Any = importlib.import_module(place)
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"{target}: cannot import {place}: {one_line(error)}") from error
-    try:
-        found = attribute_of(owner, attribute) if attribute else owner
-    except AttributeError:
-        there = [n for n, v in vars(owner).items() if callable(v) and not n.startswith("_")]
-        names = ", ".join(there) or "no functions"
-        raise ValueError(f"{target}: {place} has no {attribute}; it has {names}") from None
-    return examine(found, owner, target)
-
-
-def attribute_of(owner: Any, path: str) -> Any:
-    """An attribute of an attribute."""
-    for name in path.split("."):
-        owner = getattr(owner, name)
-    return owner
-
-
-def examine(found: Any, owner: Any = None, name: str = "batch norm") -> Candidate:
-    """A candidate from a function and the module it is in, or from what has a `batch_norm`.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    main = getattr(found, "batch_norm", None)
-    if main is not None:
-        owner = found
-    elif callable(found):
-        main = found
-    if not callable(main):
-        raise ValueError(f"{name}: not a function, and has no function batch_norm")
-    offered = {key: getattr(owner, key, None) for key in FUNCTIONS} | {"batch_norm": main}
-    functions = {key: f for key, f in offered.items() if callable(f)}
-    return Candidate(name, functions, getattr(owner, "unbiased", None))
-
-
-@contextmanager
-def working_directory_first() -> Iterator[None]:
-    """Import from the working directory, as scripts do and installed commands do not."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path.remove(os.getcwd())
 
 
 def call(candidate: Candidate, name: str, vector: Vector) -> dict[str, np.ndarray]:

@@ -51,7 +51,8 @@ class Finding(NamedTuple):
 def try_all(candidate: contract.Candidate) -> list[Finding]:
     """Try each of a candidate's functions on each vector.
 
-    >>> findings = try_all(contract.find("bn_jax.conform.example"))
+    >>> from bn_jax.conform.find import find
+    >>> findings = try_all(find("bn_jax.conform.example"))
     >>> {finding.level for finding in findings}
     {'right'}
     """

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bn_jax.conform.contract import find
+from bn_jax.conform.find import find
 from bn_jax.conform.judge import Finding, Level, try_all, unique
 
 COLORS = {"right": "green", "note": "yellow", "wrong": "red", "not offered": "dim"}

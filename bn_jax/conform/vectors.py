@@ -25,6 +25,8 @@ import numpy as np
 
 VERSION = 1
 FILE = Path(__file__).with_name("vectors.json")
+HALF = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+"""Half-precision types, and the distance from 1 to the next number."""
 
 
 class Vector(NamedTuple):
@@ -46,6 +48,11 @@ def dtype_of(name: str) -> np.dtype:
     import ml_dtypes
 
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to a dtype's numbers, in float32."""
+    return x.astype(dtype_of(dtype)).astype(np.float32)
 
 
 def plain(value: Any, digits: int | None = None) -> Any:

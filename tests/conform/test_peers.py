@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bn_jax.conform import contract, judge, report
+from bn_jax.conform import judge, report
+from bn_jax.conform.find import find
 
 pytestmark = [pytest.mark.usefixtures("lenient"), pytest.mark.optimized]
 
@@ -24,7 +25,7 @@ NAMES = {  # the row of the page -> the entry, its module, and the distribution 
 
 
 def tried(entry):
-    return judge.try_all(contract.find(f"bn_jax.bench.entries:{entry}"))
+    return judge.try_all(find(f"bn_jax.bench.entries:{entry}"))
 
 
 def test_ours_is_right_in_everything():
@@ -57,7 +58,7 @@ def test_flax_offers_no_groups_under_vmap():
 
 def tried_groups(entry):
     (vector,) = (v for v in judge.load() if v.name == "two groups")
-    return judge.try_one(contract.find(f"bn_jax.bench.entries:{entry}"), "sharded", vector)
+    return judge.try_one(find(f"bn_jax.bench.entries:{entry}"), "sharded", vector)
 
 
 @pytest.mark.slow
@@ -68,6 +69,6 @@ def test_the_example_of_the_page(tmp_path, monkeypatch):
     (block,) = (b.partition("```")[0] for b in PAGE.read_text().split("```py\n")[1:])
     (tmp_path / "my_torch.py").write_text(block)
     monkeypatch.chdir(tmp_path)
-    findings = judge.try_all(contract.find("my_torch:batch_norm"))
+    findings = judge.try_all(find("my_torch:batch_norm"))
     assert not report.is_wrong(findings), report.summary(findings)
     assert report.summary(findings)[1] == [judge.ROUNDED_MEAN]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bn_jax.conform import contract, example, judge, report
+from bn_jax.conform import example, judge, report
+from bn_jax.conform.find import examine
 from tests.conform import plain
 
 # what is replaced, by what, and what of the name must be said
@@ -190,7 +191,7 @@ def planted(module, old, new):
     assert source.count(old) == 1, f"{source.count(old)} times in the source: {old}"
     changed = types.ModuleType("planted")
     exec(compile(source.replace(old, new), "planted", "exec"), changed.__dict__)
-    return contract.examine(changed)
+    return examine(changed)
 
 
 def told(findings):
@@ -213,9 +214,9 @@ def test_a_planted_bug_is_named(module, old, new, name):
 
 def test_right_ones_pass():
     """What is right to twenty lines of numpy gets notes; all that is known to be better, none."""
-    findings = judge.try_all(contract.examine(plain))
+    findings = judge.try_all(examine(plain))
     assert not report.is_wrong(findings), told(findings)
-    assert {f.level for f in judge.try_all(contract.examine(example))} == {"right"}
+    assert {f.level for f in judge.try_all(examine(example))} == {"right"}
 
 
 def test_a_mean_rounded_to_float32_is_a_note():

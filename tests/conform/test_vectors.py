@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from bn_jax.conform import generate, vectors
+from bn_jax.conform import generate, judge, suspects, vectors
 from bn_jax.conform.contract import FUNCTIONS, NAMED
 
 
@@ -73,3 +73,26 @@ def test_expected_values_are_exact(name):
         np.testing.assert_allclose(expected["mean"][feature], float(mean), rtol=1e-11)
         np.testing.assert_allclose(expected["var"][feature], float(var), rtol=1e-10)
         np.testing.assert_allclose(expected["y"][:, feature], y, atol=1e-10)
+
+
+def test_every_known_bug_shows():
+    """Each suspect is off on some vector by more than what `recognize` allows it to be."""
+    shown, known = set(), set()
+    for vector in vectors.load():
+        for call in vector.calls:
+            if vector.check not in ("close", "convention"):
+                continue
+            for quantity, named in suspects.of(vector, call).items():
+                for name, value in named:
+                    known.add((call, name))
+                    rights = (
+                        [vector.expected]
+                        if vector.check == "close"
+                        else [*vector.expected.values()]
+                    )
+                    allowed = vector.tolerance.get(quantity, 1e-4)
+                    off = min(judge.distance(value, right[quantity], allowed) for right in rights)
+                    if off > 100:
+                        shown.add((call, name))
+    assert known - shown == set()
+    assert len(known) >= 50
