@@ -122,7 +122,7 @@ def draw(results: Results, figure: Figure) -> None:
             x, y = np.array(published[arm][p]).T
             label = "in the paper" if p == "50" else None
             axes.plot(x * steps[-1], y, ":", color="black", lw=1, label=label)
-        finish(axes, "step", "input to one sigmoid", f"({letter}) {LABELS[arm]}", ylim=(-2.6, 2.6))
+        finish(axes, "step", "input to one sigmoid", f"({letter}) {LABELS[arm]}", ylim=(-2.6, 3.6))
 
 
 claim = Claim(
