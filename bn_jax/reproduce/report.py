@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from bn_jax.files import write_whole
 from bn_jax.reproduce.claim import Check, Claim, verdict
 from bn_jax.reproduce.intervals import Interval
+from bn_jax.reproduce.overview import draw_overview
 
 SCHEMA = 1
 """Of results.json; changes when a field is renamed, dropped or redefined."""
@@ -35,9 +36,13 @@ def write_report(
     """
     (folder / "figures").mkdir(exist_ok=True)
     sections = [section(folder, claim, records[claim.name]) for claim in claims]
+    with matplotlib.rc_context(VECTOR):
+        overview = image(draw_overview(claims, [part["raw"] for part in sections]), "svg")
+    write_whole(folder / "figures" / "overview.svg", overview)
     first = records[claims[0].name]
     page = {
         "sections": sections,
+        "overview": embed(overview),
         "quick": any(records[claim.name]["quick"] for claim in claims),
         "seconds": sum(records[claim.name]["seconds"] for claim in claims),
         "versions": first["versions"],
@@ -78,9 +83,14 @@ def section(folder: Path, claim: Claim, record: Mapping[str, Any]) -> dict[str, 
         "raw": checks,
         "verdict": verdict(checks),
         "held": sum(c.outcome == "holds" for c in checks),
-        "figure": "data:image/svg+xml;base64," + base64.b64encode(vector).decode(),
+        "figure": embed(vector),
         "command": shlex.join(["bn-jax", "reproduce", claim.name, *quick]),
     }
+
+
+def embed(vector: bytes) -> str:
+    """An SVG figure as an address within the page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(vector).decode()
 
 
 def image(figure: Figure, kind: str) -> bytes:
