@@ -139,7 +139,7 @@ def _fetch_file(
             failures[source.name] = str(error)
         except DataError as error:
             failures[source.name] = str(error)
-            # Wrong bytes are more than an absence: that disk or server may need a look.
+            # Unlike a missing file, wrong bytes say that a disk or a server may be faulty.
             logger.warning("%s: %s. Fetching it from elsewhere.", source.name, error)
         else:
             if source is not cache:
@@ -148,9 +148,9 @@ def _fetch_file(
             return data
     names = ", ".join(each.name for each in entry.files)
     raise DataError(
-        f"{file.name} of {entry.name} is nowhere to be had:\n"
+        f"{file.name} of {entry.name} cannot be fetched:\n"
         + "".join(f"  - {source}: {reason}\n" for source, reason in failures.items())
-        + f"With a copy of the files ({names}; as they are or as .gz), name their folder: "
+        + f"If you have the files ({names}; as they are or as .gz), give their folder: "
         f"--data-dir DIR on the command line, load({entry.name!r}, data_dir=DIR) in Python."
         + (f" {entry.hint}" if entry.hint else "")
     )

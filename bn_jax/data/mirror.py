@@ -75,9 +75,10 @@ class Mirror:
 
 
 def within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """Returns the result of some work, or gives up and leaves the work's thread behind.
+    """Returns the result of some work, or gives up and lets its thread run on.
 
-    The timeout of a socket starts anew with each byte, so it does not stop a server that drips.
+    A socket's timeout starts anew with each byte, so it does not stop a server that sends slowly
+    for ever.
 
     Raises:
         TimeoutError: the work takes longer.

@@ -131,7 +131,7 @@ def test_the_last_error_names_every_source_reason_and_remedy(synthetic, cache):
     with pytest.raises(DataError) as caught:
         fetch(synthetic.entry, cache, [silent, complete_but_one])
     message = str(caught.value)
-    assert message.startswith("test-labels of synthetic is nowhere to be had:\n")
+    assert message.startswith("test-labels of synthetic cannot be fetched:\n")
     for line in (f"  - {cache.name}: ", "  - silent: no connection\n", "  - helpful: 404\n"):
         assert line in message
     for remedy in ("--data-dir DIR", "load('synthetic', data_dir=DIR)", "train-images", ".gz"):
