@@ -34,6 +34,38 @@ class Batches(NamedTuple):
     number: Values
 
 
+SAME = 0.1
+"""Directions whose standard deviation over batches is below this share of the largest are left out:
+there, a step of the weights moves the mean by more than batches do (few features, many values)."""
+
+
+class Likeness(NamedTuple):
+    """Could a layer's running statistics be those of a single batch?
+
+    The errors of one batch's means and variances, each divided by their own standard deviations
+    over batches, have a mean square of 1 in expectation; those of an average of many batches a much
+    smaller one. Where the weights have moved since, the means are further off than the variances,
+    in some layers more than in others, and in directions in which batches do not differ.
+
+    Attributes:
+        fits: the mean squares, of means and of variances, lie within the range that batches have,
+            which is as wide as features are few or alike. It is widened by a half downwards, as an
+            inverted momentum may keep some of the past (0.1: the mean square falls to .82), and by
+            two upwards, as the last batch was seen by the weights of one step before.
+        means: the sum of squares of the error of the means along the directions in which batches
+            differ most, each in standard deviations: 1 each in expectation.
+        variances: the same of the variances.
+        directions: how many; a quarter of the batches at most, so that their deviations are known.
+        momentum: the layer's own weight of the past, if it is known.
+    """
+
+    fits: bool
+    means: float
+    variances: float
+    directions: int
+    momentum: float | None = None
+
+
 class Comparison(NamedTuple):
     """One layer, per feature.
 
@@ -42,11 +74,13 @@ class Comparison(NamedTuple):
         distance: J of the running statistics and the training data.
         noise: what J would be on average for the statistics of a single batch, from how much the
             batches differ. A running average of n batches is at 1/n of it.
-        between: the share of the data's variance that lies between the means of batches. 1/m for
-            m independent values in a batch; nearly 1 where batches are pure.
+        purity: the variance between the means of batches, over what it would be by chance: where
+            the same examples are mixed into other batches. Without these, chance is 1/m of the
+            data's variance for m examples in a batch, which is right where each has one value.
         shift: J of the evaluation data and the training data; NaN without evaluation data.
         epsilon: the share of ε in σ² + ε of the data; 1 for a dead feature.
         variance: of the training data.
+        excess: the logarithm of the running variance over the data's, with ε.
         new: the running statistics are 0 and 1, or 0 and 0, as before the first batch.
         finite: the running statistics are finite, and the variance is not negative.
         known: the training data have values and finite moments.
@@ -54,23 +88,24 @@ class Comparison(NamedTuple):
         exploding: a variance above 10⁸ times the median.
         young: the share of the past in the running statistics, if they are an average that started
             at 0 and 1 and has not forgotten it; else 0. One number for the layer.
-        one_batch: whether the running statistics could be those of one batch. For the layer.
+        likeness: to the statistics of a single batch. For the layer.
     """
 
     change: Values
     distance: Values
     noise: Values
-    between: Values
+    purity: Values
     shift: Values
     epsilon: Values
     variance: Values
+    excess: Values
     new: Values
     finite: Values
     known: Values
     dead: Values
     exploding: Values
     young: float
-    one_batch: bool
+    likeness: Likeness
 
 
 def gather(batches: Iterable[Any]) -> list[Batches]:
@@ -101,9 +136,16 @@ def stack(batches: list[Seen]) -> Batches:
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def compare(
-    running: BatchNormState, training: Batches, evaluation: Batches | None, epsilon: float
+    running: BatchNormState,
+    training: Batches,
+    mixed: Batches | None,
+    evaluation: Batches | None,
+    *,
+    batch_size: int,
+    epsilon: float,
+    momentum: float | None,
 ) -> Comparison:
-    """What a layer remembers beside what it sees."""
+    """What a layer remembers beside what it sees, also of the training examples mixed."""
     mean, var = (np.asarray(part).reshape(-1) * np.float64(1) for part in running[:2])
     center, within, between = parts_of(training)
     known = training.number.sum(0) > 0
@@ -114,6 +156,7 @@ def compare(
     finite = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
     live = known & finite & ~dead
     moved = abs(mean - center) ** 2
+    chance = data / batch_size if mixed is None else parts_of(mixed)[2]
     shift = np.full_like(v, np.nan)
     if evaluation is not None:
         other, inside, outside = parts_of(evaluation)
@@ -125,17 +168,18 @@ def compare(
         change=np.sqrt((np.sqrt(v / w) - 1) ** 2 + moved / w),
         distance=divergence(moved, w, v),
         noise=between / v + unsteady / v**2 / 2,  # ½ t²/v² of variances that vary by t²
-        between=between / data,
+        purity=between / chance,
         shift=shift,
         epsilon=epsilon / v,
         variance=data,
+        excess=np.log(w / v),
         new=(mean == 0) & ((var == 1) | (var == 0)),
         finite=finite,
         known=known,
         dead=dead,
         exploding=known & (data > 1e8 * usual) & (usual > 0),
         young=young(mean[live], w[live], center[live], v[live], 1 + epsilon),
-        one_batch=could_be_one(mean, var, training, live),
+        likeness=likeness(mean, var, training, live)._replace(momentum=momentum),
     )
 
 
@@ -159,38 +203,37 @@ def young(mean: Values, var: Values, center: Values, v: Values, start: float) ->
     """How much an average that started at 0 and `start` has kept of it, if that explains it.
 
     Such an average is (1 - k)·data + k·(0, start) with the same k for all features; the least
-    squares k explains it where 9/10 of the squares are gone.
+    squares k explains it where 9/10 of the squares are gone, of means and of variances.
     """
     if not len(mean):
         return 0.0
-    toward = np.concatenate([-center / np.sqrt(v), (start - v) / v])
-    gone = np.concatenate([(mean - center) / np.sqrt(v), (var - v) / v])
-    kept = float((np.conj(toward) @ gone).real / max((abs(toward) ** 2).sum(), 1e-300))
-    rest, whole = (float((abs(part) ** 2).sum()) for part in (gone - kept * toward, gone))
-    return kept if 0 < kept < 1 and rest < 0.1 * whole else 0.0
+    toward = np.stack([-center / np.sqrt(v), (start - v) / v])
+    gone = np.stack([(mean - center) / np.sqrt(v), (var - v) / v])
+    kept = float((np.conj(toward) * gone).sum().real / max((abs(toward) ** 2).sum(), 1e-300))
+    rest, whole = ((abs(part) ** 2).sum(1) for part in (gone - kept * toward, gone))
+    # Both: weights that have grown make means and variances too small as well, but not alike.
+    return kept if 0 < kept < 1 and (rest < 0.1 * whole).all() else 0.0
 
 
-def could_be_one(mean: Values, var: Values, training: Batches, live: Values) -> bool:
-    """Whether running statistics lie among those of single batches.
-
-    The errors of one batch's means and variances, each divided by their own standard deviations
-    over batches, have a mean square of 1 in expectation. Of an average of many batches it is much
-    smaller. Where the weights have moved since, it is not the same for both: the means are further
-    off than the variances, in some layers more than in others. So both have to lie within the range
-    that the batches have, which is as wide as features are few or alike. That is widened by a half
-    downwards, as an inverted momentum may keep some of the past (0.1: the variance falls to .82),
-    and by two upwards, as the last batch was seen by the weights of one step before.
-    """
+def likeness(mean: Values, var: Values, training: Batches, live: Values) -> Likeness:
+    """How running statistics compare with those of single batches."""
+    nothing = Likeness(False, 0.0, 0.0, 0)
     batches = Batches(*(part[:, live] for part in training))
     if len(batches.mean) < 10 or not live.any() or (batches.number <= 0).any():
-        return False
+        return nothing
+    fits, squares, kept = True, list[float](), 0
     for value, of_batches in ((mean[live], batches.mean), (var[live], batches.var)):
         middle, deviation = of_batches.mean(0), of_batches.std(0, ddof=1)
         steady = deviation > 0
         if not steady.any():
-            return False
-        errors = abs(np.vstack([value, of_batches]) - middle)[:, steady] / deviation[steady]
-        own, *others = (errors**2).mean(1)
-        if not min(others) / 1.5 <= own <= 2 * max(others):
-            return False
-    return True
+            return nothing
+        errors = ((np.vstack([value, of_batches]) - middle) / np.maximum(deviation, 1e-300))[
+            :, steady
+        ]
+        own, *others = (abs(errors) ** 2).mean(1)
+        fits = fits and min(others) / 1.5 <= own <= 2 * max(others)
+        _, sizes, directions = np.linalg.svd(errors[1:], full_matrices=False)
+        kept = min(len(sizes), len(others) // 4, int((sizes > SAME * sizes[0]).sum()))
+        along = abs(directions[:kept].conj() @ errors[0]) ** 2 / sizes[:kept] ** 2
+        squares.append(float(along.sum()) * (len(others) - 1))
+    return Likeness(fits, squares[0], squares[1], kept)

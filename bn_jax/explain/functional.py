@@ -32,7 +32,9 @@ def explain(
         training: for each of some training batches (50 or more), the moments of what each layer
             normalizes, in training mode: trees of `Moments` like states.
         evaluation: the same of evaluation batches, also in training mode.
-        batch_size: the examples of a training batch.
+        batch_size: the examples of a training batch. Where a feature has several values of each, as
+            in a convolution, class-pure batches may pass unnoticed; `explain_linen` and
+            `explain_nnx`, which can mix the examples of batches, find them.
         epsilon: of the layers.
 
     Returns:
@@ -44,7 +46,7 @@ def explain(
     >>> import jax.numpy as jnp, numpy as np, bn_jax as bn
     >>> data = np.random.default_rng(0).normal(5, 2, (50, 32, 3)).astype(np.float32)
     >>> moments = [{"norm": bn.measure(x)} for x in data]
-    >>> stale = {"norm": bn.BatchNormState(jnp.array([4.0, 5, 7]), jnp.ones(3) * 4, jnp.ones(3))}
+    >>> stale = {"norm": bn.BatchNormState(jnp.array([4.0, 3, 7]), jnp.ones(3) * 4, jnp.ones(3))}
     >>> print(explain(stale, moments, batch_size=32).verdict)
     other weights (all layers): running statistics do not belong to these weights: ...
     Remedy:
@@ -65,6 +67,7 @@ def explain(
     return report(
         remembered,
         see(training),
+        None,
         None if evaluation is None else see(evaluation),
         batch_size=batch_size,
         epsilon=dict.fromkeys(names, epsilon),
@@ -74,19 +77,27 @@ def explain(
 def report(
     states: Mapping[str, BatchNormState],
     training: Mapping[str, Batches],
+    mixed: Mapping[str, Batches] | None,
     evaluation: Mapping[str, Batches] | None,
     *,
     batch_size: int,
     epsilon: Mapping[str, ArrayLike],
+    momentum: Mapping[str, float | None] | None = None,
     api: Api = "functional",
     first: Cause | None = None,
 ) -> Report:
     """`explain`, from what was seen, by the names of layers."""
-    seen = evaluation or {}
     rows = {
         name: summarize(
-            compare(state, training[name], seen.get(name), float(np.asarray(epsilon[name]))),
-            batch_size,
+            compare(
+                state,
+                training[name],
+                mixed[name] if mixed else None,
+                evaluation[name] if evaluation else None,
+                batch_size=batch_size,
+                epsilon=float(np.asarray(epsilon[name])),
+                momentum=momentum[name] if momentum else None,
+            )
         )
         for name, state in states.items()
     }

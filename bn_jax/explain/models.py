@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
@@ -23,6 +24,7 @@ from bn_jax.inference import recalibrate_linen, recalibrate_nnx
 from bn_jax.layers.graph_mode import graph_mode
 
 EXAMPLES = 8  # of a batch, for the train flag: 6 derivatives
+TOGETHER = 16  # batches that are mixed at a time, and held in memory
 
 
 def explain_linen(
@@ -38,7 +40,8 @@ def explain_linen(
     """Why a flax.linen model's evaluation may disagree with its training.
 
     Compares the running statistics of each batch norm, ours or flax's own, with what it normalizes
-    in training mode. Layers that evaluate in forward are left out.
+    in training mode. Layers that evaluate in forward are left out. Training batches pass twice: as
+    they are, and with their examples mixed, to tell whether the batches are drawn at random.
 
     Args:
         forward: variables, batch -> what `model.apply` returns in training mode, with mutable
@@ -70,26 +73,30 @@ def explain_linen(
     flat = flatten_dict(variables["batch_stats"])
     paths = [path[:-1] for path in flat if path[-1] == "var"]
     states = {path: state_of(flat[*path, "mean"], flat[*path, "var"]) for path in paths}
-    own = dict[Any, ArrayLike]()
+    layers = dict[Any, Any]()
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm):
-            own[context.module.path] = context.module.epsilon
+            layers[context.module.path] = context.module
         return call(*args, **kwargs)
 
     def see(batches: Iterable[Any]) -> Iterator[Any]:
         step, blank = partial(recalibrate_linen.step, forward, "pooled", variables), None
         for batch in batches:
             if blank is None:
+                # Not `step`, which is traced only once.
+                moments = partial(recalibrate_linen.moments_of, forward)
                 with nn.intercept_methods(note):
-                    blank = zeros(jax.eval_shape(step, None, batch))
+                    jax.eval_shape(moments, variables, batch)
+                blank = zeros(jax.eval_shape(step, None, batch))
             yield step(blank, batch)
 
     return explained(
         *("linen", see, states, training, evaluation),
         evaluate=None if evaluate is None else partial(evaluate, variables),
         batch_size=batch_size,
-        epsilons=lambda path: own.get(path, 1e-5) if epsilon is None else epsilon,
+        epsilon=epsilon,
+        layers=layers,
     )
 
 
@@ -155,7 +162,8 @@ def explain_nnx(
         *("nnx", see, states, training, evaluation),
         evaluate=None if evaluate is None else evaluate_copy,
         batch_size=batch_size,
-        epsilons=lambda path: layers[path].epsilon if epsilon is None else epsilon,
+        epsilon=epsilon,
+        layers=layers,
     )
 
 
@@ -168,23 +176,34 @@ def explained(
     *,
     evaluate: Callable[[Any], Any] | None,
     batch_size: int | None,
-    epsilons: Callable[[Any], ArrayLike],
+    epsilon: ArrayLike | None,
+    layers: Mapping[Any, Any],
 ) -> Report:
     """The report on what is seen of both kinds of batches."""
     batches = iter(training)
     first = list(itertools.islice(batches, 1))
+    is_mixed: list[bool] = []
+
+    def with_mixed() -> Iterator[Any]:
+        for group in in_groups(itertools.chain(first, batches)):
+            for mixed, some in ((False, group), (True, mix(group))):
+                is_mixed.extend([mixed] * len(some))
+                yield from some
 
     def named(batches: Iterable[Any]) -> dict[Any, Batches]:
-        """By path; in the order of the paths that JAX gives to dictionaries."""
         paths: list[Any] = []
 
-        def keyed(seen: dict[Any, Any]) -> list[Any]:
+        def layers(seen: dict[Any, Any]) -> list[Any]:
             paths[:] = seen
             return list(seen.values())
 
-        return dict(zip(paths, gathered(map(keyed, see(batches))), strict=True))
+        return dict(zip(paths, gathered(map(layers, see(batches))), strict=True))
 
-    trained = named(itertools.chain(first, batches))
+    seen = named(with_mixed())
+    trained, mixed = (
+        {path: Batches(*(part[np.equal(is_mixed, which)] for part in seen[path])) for path in seen}
+        for which in (False, True)
+    )
     evaluated = None if evaluation is None else named(evaluation)
     used = [path for path in states if trained[path].number.any()]
     if not used:
@@ -197,12 +216,41 @@ def explained(
     return report(
         {names[path]: states[path] for path in used},
         {names[path]: trained[path] for path in used},
+        {names[path]: mixed[path] for path in used} if any(is_mixed) else None,
         None if evaluated is None else {names[path]: evaluated[path] for path in used},
         batch_size=len(jax.tree.leaves(first)[0]) if batch_size is None else batch_size,
-        epsilon={names[path]: epsilons(path) for path in used},
+        epsilon={names[path]: own_epsilon(layers.get(path), epsilon) for path in used},
+        momentum={names[path]: momentum_of(layers.get(path)) for path in used},
         api=api,
         first=TRAIN_FLAG if evaluate and depends(evaluate, first[0]) else None,
     )
+
+
+def in_groups(batches: Iterable[Any]) -> Iterator[list[Any]]:
+    """The batches, some at a time."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, TOGETHER)):
+        yield group
+
+
+def mix(group: list[Any]) -> list[Any]:
+    """The examples of some batches at random in other batches; none where that cannot be done.
+
+    That is, of a single batch, or where arrays are of different lengths.
+    """
+    leaves = [jax.tree.leaves(batch) for batch in group]
+    lengths = {np.shape(leaf)[:1] for batch in leaves for leaf in batch}
+    if len(group) == 1 or len(lengths) > 1 or () in lengths:
+        return []
+    ((size,),) = lengths
+    order = np.random.default_rng(0).permutation(size * len(group))
+
+    def deal(*of_batches: Any) -> list[Any]:
+        return np.split(np.concatenate(of_batches)[order], len(group))
+
+    dealt = [deal(*of_batches) for of_batches in zip(*leaves, strict=True)]
+    tree = jax.tree.structure(group[0])
+    return [jax.tree.unflatten(tree, batch) for batch in zip(*dealt, strict=True)]
 
 
 def depends(evaluate: Callable[[Any], Any], batch: Any) -> bool:
@@ -212,6 +260,18 @@ def depends(evaluate: Callable[[Any], Any], batch: Any) -> bool:
     except AssertionError:
         return True
     return False
+
+
+def own_epsilon(layer: Any, given: ArrayLike | None) -> ArrayLike:
+    """What is given for all layers, or else a layer's own, or else flax's default."""
+    return given if given is not None else getattr(layer, "epsilon", 1e-5)
+
+
+def momentum_of(layer: Any) -> float | None:
+    """The weight of the past in a layer's running statistics, where that is one known number."""
+    average = getattr(layer, "average", None)
+    decay = getattr(layer, "momentum", None) if average is None else getattr(average, "decay", None)
+    return float(decay) if isinstance(decay, float | int) else None
 
 
 def state_of(mean: Any, var: Any) -> BatchNormState:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEAST, MOST, MATTERS = 1e-3, 10.0, 0.2
+LEAST, MOST, MATTERS = 1e-3, 10.0, 0.15
 """The axis of changes in output, in standard deviations, and where a change begins to matter."""
 
 LINE, PLACE = 0.34, 1.9  # inches for a layer, and for the title, axis and legend of a panel
@@ -76,9 +76,7 @@ def draw_layer(axes: "Axes", place: int, row: Row) -> None:
     height = place + 0.6 * ((np.arange(len(change)) * 0.618) % 1 - 0.5)
     axes.plot(change, height, ".", color="0.45", ms=5, mew=0, label="a feature")
     if not math.isnan(row.change):
-        # J counts half the squared change of a variance, and the output moves by half the change.
-        squares = (features.noise + features.between * (1 - features.epsilon)) / 2
-        one = np.clip(np.sqrt(np.mean(squares[usual])), LEAST, MOST)
+        one = np.clip(np.sqrt(np.mean(features.noise[usual])), LEAST, MOST)
         axes.plot(
             [one] * 2,
             [place - 0.4, place + 0.4],

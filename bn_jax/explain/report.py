@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bn_jax.explain.causes import CAUSES, Api, Cause
-from bn_jax.explain.compare import Comparison
+from bn_jax.explain.compare import Comparison, Likeness
 
 NUMBERS = ("change", "distance", "noise", "purity", "shift", "epsilon")
 COUNTS = ("dead", "exploding", "new", "broken", "unknown")
@@ -19,7 +19,7 @@ COUNTS = ("dead", "exploding", "new", "broken", "unknown")
 class Row:
     """One layer in numbers, and how many of its features are conspicuous.
 
-    `distance`, `noise`, `purity`, `shift` and `epsilon` are medians over live features.
+    `distance`, `noise`, `purity`, `shift`, `epsilon` and `excess` are medians over live features.
 
     Attributes:
         change: by how many standard deviations the layer's output changes, before scale and bias,
@@ -29,10 +29,11 @@ class Row:
         ratio: distance over noise.
         noise: what J a single batch's statistics would have: how much training differs from
             inference through the batch alone.
-        purity: the share of variance between the batches' means, times the examples of a batch.
-            About 1 or less for batches drawn at random.
+        purity: how much more the batches' means vary than by chance; about 1 for batches drawn at
+            random.
         shift: J of the evaluation data and the training data, or NaN.
         epsilon: the share of ε in σ² + ε.
+        excess: the logarithm of the running variance over the data's.
         features: how many.
         dead: of these, how many have no variance beside that of the others (10⁻⁸ of the median).
         exploding: how many have a variance of more than 10⁸ times the median.
@@ -40,7 +41,7 @@ class Row:
         broken: how many have statistics that are not finite, or a negative variance.
         unknown: for how many the training data are not finite.
         young: the share of the initial 0 and 1 in the running statistics, where that explains them.
-        one_batch: the running statistics could be those of a single batch.
+        likeness: of the running statistics to those of a single batch.
         of_features: the numbers of each feature.
     """
 
@@ -51,6 +52,7 @@ class Row:
     purity: float
     shift: float
     epsilon: float
+    excess: float
     features: int
     dead: int
     exploding: int
@@ -58,7 +60,7 @@ class Row:
     broken: int
     unknown: int
     young: float
-    one_batch: bool
+    likeness: Likeness
     of_features: Comparison = dataclasses.field(repr=False, compare=False)
 
 
@@ -154,7 +156,7 @@ def short(names: Iterable[str]) -> list[str]:
     return list(heads) if len({*tails}) == 1 and all(heads) else list(names)
 
 
-def summarize(layer: Comparison, batch_size: int) -> Row:
+def summarize(layer: Comparison) -> Row:
     """A layer's row."""
     live = layer.known & layer.finite & ~layer.dead
 
@@ -167,9 +169,10 @@ def summarize(layer: Comparison, batch_size: int) -> Row:
         distance=distance,
         ratio=distance / noise if noise > 0 else float("nan"),
         noise=noise,
-        purity=middle(layer.between) * batch_size,
+        purity=middle(layer.purity),
         shift=middle(layer.shift),
         epsilon=middle(layer.epsilon),
+        excess=middle(layer.excess),
         features=len(layer.known),
         dead=int(layer.dead.sum()),
         exploding=int(layer.exploding.sum()),
@@ -177,7 +180,7 @@ def summarize(layer: Comparison, batch_size: int) -> Row:
         broken=int((~layer.finite).sum()),
         unknown=int((~layer.known).sum()),
         young=layer.young,
-        one_batch=layer.one_batch,
+        likeness=layer.likeness,
         of_features=layer,
     )
 
@@ -187,7 +190,8 @@ def judge(rows: Mapping[str, Row], api: Api = "functional", first: Cause | None 
     findings = [] if first is None else [Finding(first, ())]
     for cause in CAUSES:
         layers = tuple(name for name, row in rows.items() if cause.found(row))
+        together = cause.together is None or cause.together(list(rows.values()))
         explained = cause.differ and any(finding.cause.differ for finding in findings)
-        if layers and not explained and (not cause.in_all or len(layers) == len(rows)):
+        if layers and together and not explained:
             findings.append(Finding(cause, layers))
     return Report(rows, tuple(findings), api)

@@ -1159,8 +1159,8 @@ MUTATIONS = [
     Mutation(
         "one conspicuous layer is enough for an inverted momentum",
         "explain/causes.py",
-        "        in_all=True,\n",
-        "",
+        "all(like.fits for like in likes)",
+        "any(like.fits for like in likes)",
         "explain/explain",
     ),
     Mutation(
@@ -1173,8 +1173,8 @@ MUTATIONS = [
     Mutation(
         "a layer's own epsilon is not read",
         "explain/models.py",
-        "own.get(path, 1e-5) if epsilon is None else epsilon",
-        "1e-5 if epsilon is None else epsilon",
+        'given if given is not None else getattr(layer, "epsilon", 1e-5)',
+        "given if given is not None else 1e-5",
         "explain/explain",
     ),
     # layers/equinox.py

@@ -111,6 +111,11 @@ FAULTS = {
     "small batches": ("small batches", running(FEW), FEW, None, {"batch_size": 3}),
     "dead feature": ("dead features", running(dead()), dead()),
     "exploding feature": ("exploding features", running(exploding()), exploding()),
+    "averaged weights": (
+        "averaged weights",
+        {name: s._replace(var=1.5 * s.var) for name, s in running(HEALTHY).items()},
+        HEALTHY,
+    ),
     "moving weights": ("lagging average", lagging(), HEALTHY),
 }
 
@@ -147,8 +152,8 @@ def test_one_layer_alone_does_not_make_an_inverted_momentum():
     """The first layers of a young network move as fast as their batches differ."""
     states = running(HEALTHY, 0.01) | {"second": running(HEALTHY)["second"]}
     report = explain(states, moments(HEALTHY), batch_size=SIZE)
-    assert report.rows["first"].one_batch
-    assert not report.rows["second"].one_batch
+    assert report.rows["first"].likeness.fits
+    assert not report.rows["second"].likeness.fits
     assert "inverted momentum" not in str(report)
 
 
@@ -156,8 +161,8 @@ def test_means_that_moved_do_not_make_an_inverted_momentum():
     """Weights that move carry the means away, and hardly the variances: no batch looks so."""
     one, many = running(HEALTHY, 0.01), running(HEALTHY)
     moved = {name: many[name]._replace(mean=one[name].mean) for name in many}
-    assert explain(one, moments(HEALTHY), batch_size=SIZE).rows["first"].one_batch
-    assert not explain(moved, moments(HEALTHY), batch_size=SIZE).rows["first"].one_batch
+    assert explain(one, moments(HEALTHY), batch_size=SIZE).rows["first"].likeness.fits
+    assert not explain(moved, moments(HEALTHY), batch_size=SIZE).rows["first"].likeness.fits
 
 
 def test_the_numbers():
@@ -259,6 +264,8 @@ def test_each_layers_own_epsilon_is_read(lenient):
     report = explain_linen(forward, variables, HEALTHY[:, 0])
     assert report.findings[0].cause.name == "epsilon"
     assert explain_linen(forward, variables, HEALTHY[:, 0], epsilon=1e-5).findings == ()
+    report = explain_linen(forward, variables, HEALTHY[:, 0])  # now that forward is compiled
+    assert report.findings[0].cause.name == "epsilon"
 
 
 class Wrapped(nn.Module):
