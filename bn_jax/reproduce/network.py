@@ -7,7 +7,7 @@ Plain functions over trees. What differs between experiments is a function: the 
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 import bn_jax as bn
 from bn_jax.reproduce.training import Data, Run
-from bn_jax.train.step import Binarization, binarize
+from bn_jax.train.step import binarize
 
 Normalize = Callable[..., tuple[Array, Any]]
 Activation = Callable[[Array], Array]
@@ -101,7 +101,7 @@ class Classifier:
     normalize: Normalize
     activation: Activation = jax.nn.sigmoid
     hidden: tuple[int, ...] = (100, 100, 100)
-    binarization: Binarization = "threshold"
+    binarization: Literal["threshold", "stochastic", "none"] = "threshold"
 
     def make(self, key: Array, values: Mapping[str, Array]) -> tuple[Params, list[Any]]:
         """Initial parameters and states; weights of standard deviation values["init_std"]."""
