@@ -29,7 +29,8 @@ def measure(study: Study) -> Results:
     results: Results = {}
     for method in METHODS:
         norm = functools.partial(BatchNorm, momentum=0.9)
-        model = TowerClassifier(8, 3, normalization=None if method == "without" else norm)
+        normalization = None if method == "without" else norm
+        model = TowerClassifier(filters=8, blocks=3, normalization=normalization)
 
         def make(key: Array, _: Any, model: TowerClassifier = model, method: str = method) -> tuple:
             variables = dict(model.init(key, jnp.zeros((2, 28, 28)), train=False))
