@@ -148,13 +148,15 @@ def evaluate(
     statistics: Annotated[
         Literal["running", "population", "batch"] | None, unset("KIND", "as the run has it")
     ] = None,
-    data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
+    step: Annotated[int | None, unset("N", "the newest")] = None,
+    data_dir: Annotated[Path | None, unset("DIR", "where the run had it")] = None,
 ) -> None:
     """Score a run's newest checkpoints on the test set.
 
     Args:
         run: The run's folder, e.g. runs/2026-01-31-120000.
         statistics: Normalize by running, population (200 training batches) or batch statistics.
+        step: The step of the checkpoints to score.
         data_dir: The folder with the data set's files.
     """
     quiet_orbax()
@@ -167,7 +169,7 @@ def evaluate(
 
         status.update("scoring the test set")
         config = RunFolder(run).read_config()
-        rows = evaluate_run(RunFolder(run), data_dir, statistics)
+        rows = evaluate_run(RunFolder(run), data_dir, statistics, step)
     title = f"{run}, {statistics or config.statistics} statistics"
     names = [dashed(name) for name in config.axes]
     table = Table("", *names, "step", "test accuracy", title=title, title_justify="left")

@@ -8,16 +8,18 @@ import hashlib
 import io
 import json
 import logging
+import operator
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from bn_jax.train.processes import by_first, is_first
 from bn_jax.train.progress import Progress
@@ -25,6 +27,7 @@ from bn_jax.train.progress import Progress
 FORMAT = 1
 """Changes when what is stored does."""
 
+Keep = Literal["newest", "best", "all"]
 Arrays = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Where the checkpoints of one arm of a run are written; the newest two are kept.
+    """Where the checkpoints of one arm of a run are written, and how long they are kept.
 
     A context, which at its end waits for what is being written. Of several processes the first
     writes, and does not need the others for it.
@@ -44,16 +47,28 @@ class Checkpoints:
         settings: of the run and arm, as JSON has them; `load_newest` refuses others.
         since: the step from which the run goes on. A checkpoint of a later one was passed over, as
             it is damaged, and is renamed.
+        keep: the newest two, these and the best, or all.
+
+    Raises:
+        CheckpointError: orbax cannot open the folder.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], since: int = -1) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], since: int = -1, keep: Keep = "newest"
+    ) -> None:
         self.folder, self.settings, self.manager = folder.absolute(), dict(settings), None
         if is_first():
             for path in finished(self.folder):
                 if int(path.name) > since:
                     path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.manager = open_folder(self.folder)
+            try:
+                self.manager = open_folder(self.folder, keep)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.folder} cannot be opened ({first_line(error)}); move away what is "
+                    "damaged there"
+                ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -68,8 +83,12 @@ class Checkpoints:
         finally:
             self.manager.close()
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, accuracy: float | None = None) -> None:
         """Write in the background; a checkpoint counts once it is whole.
+
+        Args:
+            progress: what to save.
+            accuracy: by which the best is found; None where it is not known.
 
         Raises:
             CheckpointError: this one or the one before cannot be written, as on a full disk.
@@ -80,8 +99,10 @@ class Checkpoints:
         record = {"format": FORMAT, "settings": self.settings}
         record["digest"] = digest(record, arrays)
         state, record = ocp.args.StandardSave(arrays), ocp.args.JsonSave(record)
+        args = ocp.args.Composite(state=state, record=record)
+        metrics = None if accuracy is None else {"test_accuracy": accuracy}
         try:
-            self.manager.save(progress.step, args=ocp.args.Composite(state=state, record=record))
+            self.manager.save(progress.step, args=args, metrics=metrics)
         except Exception as error:  # orbax names no class for what can be wrong with a folder
             raise self.unwritable(error) from error
 
@@ -94,11 +115,21 @@ class Checkpoints:
         )
 
 
-def open_folder(folder: Path) -> ocp.CheckpointManager:
+def open_folder(folder: Path, keep: Keep = "newest") -> ocp.CheckpointManager:
     """Orbax's view of an arm's checkpoints, for which process 0 does not wait for others."""
+    accuracy, newest = operator.itemgetter("test_accuracy"), policies.LatestN(2)
+    best = policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
+    policy = {
+        "newest": newest,
+        "best": policies.AnyPreservationPolicy([newest, best]),
+        "all": policies.PreserveAll(),
+    }[keep]
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, create=False, multiprocessing_options=alone
+        preservation_policy=policy,
+        best_fn=accuracy if keep == "best" else None,  # without it, orbax stores none
+        create=False,
+        multiprocessing_options=alone,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -114,7 +145,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(finished(folder)), None)
 
 
-def load_newest(folder: Path, like: Progress, settings: Mapping[str, Any]) -> Progress | None:
+def load_newest(
+    folder: Path, like: Progress, settings: Mapping[str, Any], step: int | None = None
+) -> Progress | None:
     """The newest sound progress of an arm, or None without any; the same in every process.
 
     A damaged checkpoint is passed over with a warning.
@@ -123,20 +156,24 @@ def load_newest(folder: Path, like: Progress, settings: Mapping[str, Any]) -> Pr
         folder: of the arm's checkpoints.
         like: of the same network and optimizer; its shapes matter alone.
         settings: of the run and arm.
+        step: to look at the checkpoint of this step alone; None for all.
 
     Raises:
         CheckpointError: a checkpoint is sound, but of another run.
     """
-    stored = by_first(lambda: read_newest(folder, to_arrays(like, shapes=True), settings))
+    paths = [path for path in finished(folder) if step in (None, int(path.name))]
+    stored = by_first(lambda: read_newest(paths, to_arrays(like, shapes=True), settings))
     if not stored:
         return None
     with np.load(io.BytesIO(stored)) as arrays:
         return from_arrays(dict(arrays), like)
 
 
-def read_newest(folder: Path, like: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
-    """The arrays of the newest sound checkpoint as an .npz file, or nothing."""
-    for path in reversed(finished(folder)):
+def read_newest(
+    paths: Sequence[Path], like: Mapping[str, Any], settings: Mapping[str, Any]
+) -> bytes:
+    """The arrays of the last sound checkpoint as an .npz file, or nothing."""
+    for path in reversed(paths):
         try:
             arrays, record = read(path)
         except Exception as error:  # orbax names no class for what can be wrong with a file

@@ -36,6 +36,7 @@ from bn_jax.train.state import init_runs
 from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import estimate, summarize
 from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
+from bn_jax.train.tensorboard import check_tensorboard, event_files
 
 NO_LOSS = "  –   "  # as wide as one
 
@@ -86,6 +87,8 @@ def run_experiment(
             config = dataclasses.replace(config, devices=jax.device_count())
         # Where its files are, each process knows best; process 0's run folder is everyone's.
         check_same({k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES})
+    if config.tensorboard:
+        check_tensorboard()
     make_placement(config.devices, config.splits_runs)
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)
@@ -197,18 +200,25 @@ def run_arm(
 ) -> Iterator[list[Evaluation]]:
     """Train one arm, writing metrics, a line per seed, and checkpoints as they fall due."""
     saved, grid = resumed.step if resumed else -1, config.grid
-    with Checkpoints(folder.checkpoints(arm), arm_settings(config, arm), saved) as checkpoints:
+    settings = arm_settings(config, arm)
+    events = folder.path / "tensorboard" / arm if config.tensorboard and is_first() else None
+    with (
+        Checkpoints(folder.checkpoints(arm), settings, saved, config.keep) as checkpoints,
+        event_files(events, saved) as write,
+    ):
         for progress, evaluations in train(config, arm, data, watch, resumed):
             if evaluations:
                 lines = [metrics_line(arm, e, grid[e.cell]) for e in evaluations]
                 folder.append("metrics.jsonl", "".join(lines))
+                write(evaluations)
                 yield evaluations
             stop = status()
             diverged = progress.diverged(config.max_bad_steps).all()
             over = diverged or progress.step == config.steps
             due = evaluations and progress.step >= max(saved, 0) + config.checkpoint_every
             if due or over or stop:
-                checkpoints.save(progress)
+                scores = [evaluation.test_accuracy for evaluation in evaluations]
+                checkpoints.save(progress, statistics.fmean(scores) if scores else None)
                 saved = progress.step
             if stop:
                 where = f"at step {progress.step:,} {TITLES[arm]}"
@@ -217,11 +227,11 @@ def run_arm(
 
 
 def load_progress(
-    config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder
+    config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder, step: int | None = None
 ) -> Progress | None:
-    """How far an arm has come, by its newest sound checkpoint; None without one."""
+    """How far an arm has come, by its newest sound checkpoint, or that of a step; None without."""
     like = jax.eval_shape(lambda: begin(init_runs(config, arm, data.test_images[:2])))
-    return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm))
+    return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm), step)
 
 
 def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
@@ -231,7 +241,10 @@ def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
 
 
 def evaluate_run(
-    folder: RunFolder, data_dir: Path | None = None, statistics: Statistics | None = None
+    folder: RunFolder,
+    data_dir: Path | None = None,
+    statistics: Statistics | None = None,
+    step: int | None = None,
 ) -> list[dict[str, Any]]:
     """The test accuracy of each arm's newest sound checkpoint, and of each combination of a grid.
 
@@ -241,12 +254,13 @@ def evaluate_run(
         folder: of a run.
         data_dir: where the data set is, if no longer where the run had it.
         statistics: what batch norms normalize by; None for what the run was evaluated by.
+        step: of the checkpoints; None for the newest.
 
     Raises:
         RunFolderError, CheckpointError, DataError: what is missing or damaged.
     """
     config = folder.read_config()
-    data, trained = load_run(folder, config, data_dir)
+    data, trained = load_run(folder, config, data_dir, step)
     one = config.with_values({"statistics": statistics or config.statistics})
     rows: list[dict[str, Any]] = []
     for arm, progress in trained.items():
@@ -261,20 +275,24 @@ def evaluate_run(
 
 
 def load_run(
-    folder: RunFolder, config: TrainConfig, data_dir: Path | None = None
+    folder: RunFolder,
+    config: TrainConfig,
+    data_dir: Path | None = None,
+    step: int | None = None,
 ) -> tuple[Dataset, dict[Arm, Progress]]:
     """The data set of a run, and how far each arm has come that has a sound checkpoint.
 
     Raises:
         RunFolderError, CheckpointError, DataError: as `evaluate_run`.
     """
-    nothing = CheckpointError(f"{folder.path} holds no sound checkpoint; train again")
+    found = "" if step is None else f" of step {step:,}"
+    nothing = CheckpointError(f"{folder.path} holds no sound checkpoint{found}; train again")
     if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
         raise nothing
     data = load(config.dataset, data_dir=data_dir or config.data_dir)
     trained: dict[Arm, Progress] = {}
     for arm in config.arms:
-        if progress := load_progress(config, arm, data, folder):
+        if progress := load_progress(config, arm, data, folder, step):
             trained[arm] = progress
     if not trained:
         raise nothing

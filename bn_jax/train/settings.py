@@ -219,6 +219,8 @@ class RunSettings:
         evaluate_every: Steps between evaluations on the test set.
         checkpoint_every: Steps between checkpoints, rounded up to evaluations. The last step
             always has one.
+        keep: The newest two checkpoints, these and the best by test accuracy, or all.
+        tensorboard: Write TensorBoard's event files too, in the run's folder.
         run_dir: The run's folder, new or empty.
         device: Where to compute; auto is JAX's own choice.
         devices: Split each batch over this many devices; its statistics stay those of the whole
@@ -227,6 +229,8 @@ class RunSettings:
 
     evaluate_every: Annotated[int, POSITIVE] = 500
     checkpoint_every: Annotated[int, POSITIVE] = 5_000
+    keep: Literal["newest", "best", "all"] = "newest"
+    tensorboard: Annotated[bool, Must("True or False", lambda value: type(value) is bool)] = False
     run_dir: Annotated[Path | None, FOLDER, unset("PATH", "runs/DATE-TIME")] = None
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     devices: Annotated[int | None, POSITIVE, unset("INT", "1, or all of several processes")] = None

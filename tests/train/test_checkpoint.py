@@ -110,6 +110,33 @@ def test_the_newest_counts_and_two_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "200"]
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"), [("newest", "3 4"), ("best", "2 3 4"), ("all", "1 2 3 4")]
+)
+def test_what_is_kept(keep, kept, tmp_path):
+    """By orbax's policies; also by a run that goes on. One without a score is not the best."""
+    for steps in ({1: 0.5, 2: 0.9}, {3: None, 4: 0.8}):
+        with Checkpoints(tmp_path, SETTINGS, since=2, keep=keep) as checkpoints:
+            for step, accuracy in steps.items():
+                checkpoints.save(at(step), accuracy)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept.split()
+    assert_same(load_newest(tmp_path, at(0), SETTINGS, step=3), at(3))
+    assert load_newest(tmp_path, at(0), SETTINGS, step=5) is None
+
+
+@failing
+def test_a_damaged_score_is_one_line(tmp_path):
+    with Checkpoints(tmp_path, SETTINGS, keep="best") as checkpoints:
+        checkpoints.save(at(5), 0.5)
+    for path in tmp_path.glob("5/metrics/*"):
+        path.write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"cannot be opened \(.*\); move away what is damaged"
+    ):
+        Checkpoints(tmp_path, SETTINGS, since=5, keep="best")
+    gc.collect()
+
+
 def test_only_what_is_finished_counts(tmp_path):
     save(tmp_path, at(5))
     shutil.copytree(tmp_path / "5", tmp_path / "9.orbax-checkpoint-tmp")

@@ -36,6 +36,7 @@ ranges = {
     "checkpoint_every": positive,
     "run_dir": st.none() | st.text(min_size=1).map(Path),
     "devices": st.none() | st.integers(1, 64),
+    "tensorboard": st.booleans(),
     "over": st.just(()) | st.just(("learning-rate=0.1,0.2", "epsilon=1e-3")),
 }
 hints = typing.get_type_hints(TrainConfig)
@@ -135,6 +136,7 @@ OUT_OF_RANGE = [
             *(("decay=0.1", "decay=0.2"), ("decay=0.1,0.1",), ("decay=",)),
         )
     ),
+    ("tensorboard", 1, "True or False"),
     ("data_dir", "a folder", "path"),
     ("run_dir", 5, "path"),
 ]

@@ -45,6 +45,7 @@ ALL_FLAGS = [
         "activation": "sigmoid",
         "binarization": "none",
         "precision": "float32",
+        "keep": "newest",
         "statistics": "batch",
     },
     {
@@ -63,6 +64,7 @@ ALL_FLAGS = [
         "weight_decay": 0.01,
         "micro_batches": 4,
         "precision": "bfloat16",
+        "keep": "best",
         "statistics": "population",
         "renorm": (3.0, 5.0),
     },
@@ -80,6 +82,7 @@ ALL_FLAGS = [
         "seed": 3,
         "max_bad_steps": 7,
         "seeds": 2,
+        "keep": "all",
         "precision": "float16",
         "statistics": "running",
     },
@@ -150,6 +153,7 @@ def test_the_table_above_has_every_flag_and_every_choice():
         "steps",
         "evaluate_every",
         "checkpoint_every",
+        "tensorboard",  # has a test of its own
     }
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert given | {name for options in ALL_FLAGS for name in options} == names
