@@ -71,8 +71,7 @@ def in_equinox(xs, limits, **options):
 
 
 @pytest.mark.parametrize("shell", [in_linen, in_nnx, in_equinox])
-@pytest.mark.parametrize("limits", LIMITS)
-@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize(("limits", "group_size"), [("numbers", None), ("schedules", 4)])
 def test_that_of_the_core(shell, limits, group_size):
     xs = [normal((8, 3), 2 * n, 1 + n, seed=n) for n in range(3)]
     ys, state = in_core(xs, LIMITS[limits], group_size)
