@@ -11,6 +11,7 @@ import pytest
 
 import bn_jax as bn
 from tests.layers.draws import normal
+from tests.test_imports import HEAVY, loaded_in_vain
 
 eqx = pytest.importorskip("equinox")
 
@@ -194,6 +195,11 @@ def test_the_page_about_it_runs(lenient):
     for block in blocks:
         exec(compile(block, page.name, "exec"), names)
     assert len(blocks) == 3
+
+
+@pytest.mark.slow
+def test_the_layer_loads_no_other_framework():
+    assert not loaded_in_vain("import bn_jax.layers.equinox", HEAVY)
 
 
 def test_mistakes_are_named():
