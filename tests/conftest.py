@@ -47,6 +47,16 @@ def pytest_collectstart():
     compile_quickly(True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Tests are not searched for doctests: a test file that cannot be imported is an error.
+
+    With --doctest-ignore-import-errors, the search would skip it and leave it half imported, and
+    then its tests would not be there.
+    """
+    return [c for c in (yield) if type(c).__name__ != "DoctestModule"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before any fixture, as some of them compile."""

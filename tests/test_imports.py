@@ -99,3 +99,12 @@ def test_values_are_converted_without_their_library():
         ]
     )
     assert not loaded_in_vain(f"exec({program!r})", PEERS)
+
+
+def test_a_test_file_that_cannot_be_imported_is_an_error(request):
+    """Searched for doctests first, with import errors ignored, it would seem to have no tests."""
+    path, folder = Path(__file__), request.node.getparent(pytest.Module).parent
+    collectors = request.session.gethookproxy(path).pytest_collect_file(
+        file_path=path, parent=folder
+    )
+    assert [type(c) for c in collectors] == [pytest.Module]

@@ -11,8 +11,9 @@ from PIL import Image
 from bn_jax.train.checkpoint import Checkpoints
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.experiment import arm_settings
-from bn_jax.train.loop import begin_run
+from bn_jax.train.progress import begin
 from bn_jax.train.run_folder import RunFolder
+from bn_jax.train.state import init_runs
 
 pytestmark = pytest.mark.usefixtures("on_digits")
 
@@ -23,7 +24,7 @@ def make_run(path, images, plant=lambda stats: stats, **options):
     config = TrainConfig(run_dir=path, **tiny)
     folder, settings = RunFolder.create(config), arm_settings(config, "batch")
     with Checkpoints(folder.checkpoints("batch"), settings) as checkpoints:
-        progress = begin_run(config, "batch", images)
+        progress = begin(init_runs(config, "batch", images))
         state = progress.state._replace(batch_stats=plant(progress.state.batch_stats))
         checkpoints.save(progress._replace(state=state))
     return path
@@ -85,7 +86,7 @@ def test_what_cannot_be_explained(tmp_path, main, capsys, runs):
     assert message(tmp_path / "nowhere").endswith("nowhere is no run: it has no config.json\n")
     for name, change, words in (
         ("plain", {"norm": "none"}, "has no network with batch norm to explain"),
-        ("grid", {"over": ["decay=0.9,0.99"]}, "holds a grid of runs; sweep.csv has their scores"),
+        ("grid", {"over": ["decay=0.9,0.99"]}, "holds a grid of runs; explain one that is trained alone"),
         ("empty", {}, "holds no sound checkpoint; train again"),
     ):
         folder = tmp_path / name
