@@ -86,7 +86,11 @@ def test_what_cannot_be_explained(tmp_path, main, capsys, runs):
     assert message(tmp_path / "nowhere").endswith("nowhere is no run: it has no config.json\n")
     for name, change, words in (
         ("plain", {"norm": "none"}, "has no network with batch norm to explain"),
-        ("grid", {"over": ["decay=0.9,0.99"]}, "holds a grid of runs; explain one that is trained alone"),
+        (
+            "grid",
+            {"over": ["decay=0.9,0.99"]},
+            "holds a grid of runs; explain one that is trained alone",
+        ),
         ("empty", {}, "holds no sound checkpoint; train again"),
     ):
         folder = tmp_path / name
