@@ -10,7 +10,7 @@ MOST = 256
 def split_cpu(devices: int | None, processes: int = 1) -> None:
     """Split the CPU into several devices, unless JAX is in use already.
 
-    Other kinds of device cannot be split; `make_placement` says if there are too few.
+    Other kinds of device cannot be split; `make_sharding` says if there are too few.
 
     Args:
         devices: how many in all processes together; None for one in each.

@@ -27,11 +27,11 @@ from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.crash_reporter import describe_checkpoints
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
 from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
-from bn_jax.train.placement import make_placement
 from bn_jax.train.processes import check_same, is_first
 from bn_jax.train.progress import Progress, begin
 from bn_jax.train.run_folder import RunFolder, metrics_line
 from bn_jax.train.scoring import Statistics, make_score
+from bn_jax.train.sharding import make_sharding
 from bn_jax.train.state import init_runs
 from bn_jax.train.stopping import asked_to_stop
 from bn_jax.train.summary import estimate, summarize
@@ -89,7 +89,7 @@ def run_experiment(
         check_same({k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES})
     if config.tensorboard:
         check_tensorboard()
-    make_placement(config.devices, config.splits_runs)
+    make_sharding(config.devices, config.splits_runs)
     data = load(config.dataset, data_dir=config.data_dir)
     check_batch_size(config, data)
     folder = RunFolder(resume, writes=is_first()) if resume else RunFolder.create(config)

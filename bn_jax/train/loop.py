@@ -14,9 +14,9 @@ from bn_jax.data import Dataset
 from bn_jax.train.batches import batch_indices
 from bn_jax.train.chunks import next_call, steps_per_call
 from bn_jax.train.config import Arm, TrainConfig
-from bn_jax.train.placement import ONE_DEVICE, Placement, make_placement
 from bn_jax.train.progress import Progress, Take, begin, careful, is_finite, trusting
 from bn_jax.train.scoring import make_score
+from bn_jax.train.sharding import ONE_DEVICE, Sharding, make_sharding
 from bn_jax.train.state import Images, Labels, init_runs
 from bn_jax.train.step import TrainStep, make_train_step
 
@@ -56,7 +56,7 @@ class Evaluation(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("train_step", "steps", "batch_size", "examples", "placement", "take")
+    jax.jit, static_argnames=("train_step", "steps", "batch_size", "examples", "sharding", "take")
 )
 def run_chunk(
     train_step: TrainStep,
@@ -67,7 +67,7 @@ def run_chunk(
     steps: int,
     batch_size: int,
     examples: int | None = None,
-    placement: Placement = ONE_DEVICE,
+    sharding: Sharding = ONE_DEVICE,
     take: Take = trusting,
 ) -> tuple[Progress, Bool[Array, ""]]:
     """Take some steps; whether all came out finite comes with the new progress.
@@ -80,25 +80,25 @@ def run_chunk(
         steps: how many.
         batch_size: of each.
         examples: how many of the images are some; None for all.
-        placement: over which each batch is spread.
+        sharding: over which each batch is spread.
         take: what becomes of a step that is not finite.
     """
 
     def chunk(progress: Progress, images: Images, labels: Labels) -> tuple[Progress, Array]:
         def body(progress: Progress, rows: Array) -> tuple[Progress, None]:
             # Replicated first: of rows that lie anywhere, XLA then makes one message, not two.
-            batch = placement.replicate((images[rows], labels[rows]))
-            return placement.replicate(take(train_step, progress, *placement.spread(batch))), None
+            batch = sharding.replicate((images[rows], labels[rows]))
+            return sharding.replicate(take(train_step, progress, *sharding.shard(batch))), None
 
         state = progress.state
         rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
         # Two steps per iteration: what the loop carries is then copied half as often.
-        progress, _ = lax.scan(body, progress, placement.replicate(rows), unroll=2)
+        progress, _ = lax.scan(body, progress, sharding.replicate(rows), unroll=2)
         return progress, is_finite(progress)
 
     if not progress.state.step.ndim:
         return chunk(progress, images, labels)
-    progress, finite = placement.each_run(chunk, progress, images, labels)
+    progress, finite = sharding.each_run(chunk, progress, images, labels)
     return progress, finite.all()
 
 
@@ -128,13 +128,13 @@ def train(
     check_batch_size(config, data)
     step = resumed.step if resumed else 0
     watch("compiling", step)
-    placement, examples = make_placement(config.devices, config.splits_runs), len(data.train_images)
-    images = placement.examples(data.train_images)
-    labels = placement.examples(data.train_labels.astype(np.int32))
+    sharding, examples = make_sharding(config.devices, config.splits_runs), len(data.train_images)
+    images = sharding.examples(data.train_images)
+    labels = sharding.examples(data.train_labels.astype(np.int32))
     first, runs = data.train_images[: config.batch_size], len(config.runs)
-    train_step = make_train_step(config, arm, placement)
+    train_step = make_train_step(config, arm, sharding)
     takes = {False: trusting, True: careful(config.max_bad_steps)}
-    score = make_score(config, arm, data, placement)
+    score = make_score(config, arm, data, sharding)
 
     def evaluate(progress: Progress, rate: float) -> list[Evaluation]:
         of_runs = np.stack(
@@ -163,7 +163,7 @@ def train(
         """A call of some steps, compiled ahead so that its first run is timed like any other."""
         watch("compiling", step)
         sizes = {"steps": steps, "batch_size": config.batch_size, "examples": examples}
-        options = {"placement": placement, "take": takes[with_care]}
+        options = {"sharding": sharding, "take": takes[with_care]}
         return run_chunk.lower(train_step, progress, images, labels, **sizes, **options).compile()
 
     def call(steps: int, with_care: bool) -> tuple[Progress, bool, float]:
@@ -175,7 +175,7 @@ def train(
         return after, bool(finite), time.perf_counter() - begun
 
     new = begin(init_runs(config, arm, first)) if resumed is None else resumed
-    progress: Progress = placement.everywhere(new)
+    progress: Progress = sharding.everywhere(new)
     if resumed is None:
         yield progress, evaluate(progress, 0.0)
     one = progress.state if runs == 1 else jax.tree.map(lambda leaf: leaf[0], progress.state)

@@ -23,7 +23,7 @@ from bn_jax.data import Dataset
 from bn_jax.inference.recalibrate_linen import observed
 from bn_jax.train.build import build_model
 from bn_jax.train.config import Arm, TrainConfig
-from bn_jax.train.placement import ONE_DEVICE, Placement
+from bn_jax.train.sharding import ONE_DEVICE, Sharding
 from bn_jax.train.state import Images, Labels, TrainState, each_average, each_run
 from bn_jax.train.step import binarize
 
@@ -34,7 +34,7 @@ BATCHES = 200
 
 
 def make_score(
-    config: TrainConfig, arm: Arm, data: Dataset, placement: Placement = ONE_DEVICE
+    config: TrainConfig, arm: Arm, data: Dataset, sharding: Sharding = ONE_DEVICE
 ) -> Callable[[TrainState], np.ndarray]:
     """A function: state -> the share of test images that the network labels rightly.
 
@@ -44,7 +44,7 @@ def make_score(
         config: of the run; `statistics` says what normalizes.
         arm: of it; without batch norm, all statistics give the same score.
         data: to test on; its training images are for population statistics.
-        placement: of the test images, unless a batch's statistics are needed.
+        sharding: of the test images, unless a batch's statistics are needed.
     """
     shape = len(config.runs), config.decays
     size, count = config.batch_size, len(data.test_images)
@@ -58,7 +58,7 @@ def make_score(
         )
     else:
         test = [
-            (placement.examples(images), placement.examples(labels, filler=-1))
+            (sharding.examples(images), sharding.examples(labels, filler=-1))
             for images, labels in in_chunks(data.test_images, data.test_labels)
         ]
     batches = min(BATCHES, len(data.train_images) // size)

@@ -17,7 +17,7 @@ from bn_jax.core.recalibrate import zeros
 from bn_jax.inference.recalibrate_linen import observed
 from bn_jax.train.build import build_model, build_optimizer
 from bn_jax.train.config import Arm, TrainConfig
-from bn_jax.train.placement import ONE_DEVICE, Placement
+from bn_jax.train.sharding import ONE_DEVICE, Sharding
 from bn_jax.train.state import Images, Labels, TrainState, each_average, remember
 
 TrainStep = Callable[[TrainState, Images, Labels], tuple[TrainState, Float[Array, ""]]]
@@ -83,7 +83,7 @@ def passes(
 def make_train_step(
     config: TrainConfig,
     arm: Arm,
-    placement: Placement = ONE_DEVICE,
+    sharding: Sharding = ONE_DEVICE,
     passes: Callable[..., Pass] = passes,
 ) -> TrainStep:
     """A function (state, images, labels) -> (state, mean loss of the batch before the step)."""
@@ -94,7 +94,7 @@ def make_train_step(
         own = config.with_values(state.values)
         model, optimizer = build_model(own, arm), build_optimizer(own)
         inputs = binarize(images, own.binarization, jax.random.fold_in(state.key, state.step))
-        split = functools.partial(placement.spread, axis=1)
+        split = functools.partial(sharding.shard, axis=1)
         loss, moments, grads, loss_scale = passes(
             model, state, inputs, labels, own.micro_batches, split
         )

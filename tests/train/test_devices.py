@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from bn_jax.data import Dataset
-from bn_jax.train import placement, scoring
+from bn_jax.train import scoring, sharding
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk, train
-from bn_jax.train.placement import ONE_DEVICE, make_placement
 from bn_jax.train.progress import begin
+from bn_jax.train.sharding import ONE_DEVICE, make_sharding
 from bn_jax.train.state import init_state
 from bn_jax.train.step import make_train_step
 
@@ -62,7 +62,7 @@ def test_eight_devices_are_one(options, digits):
 
 
 def test_each_device_holds_its_share(digits):
-    mesh = make_placement(8)
+    mesh = make_sharding(8)
     images = mesh.examples(digits.train_images[:60])
     assert images.shape == (64, 28, 28)
     rows = [shard.data for shard in images.addressable_shards]
@@ -84,12 +84,12 @@ def test_what_fills_up_the_mesh_is_not_counted(digits, monkeypatch):
 def test_each_device_computes_its_share(digits):
     """Of the compiled step: products of 3 examples of a batch of 24, and none of all 24."""
     config = TrainConfig(hidden=(100,), batch_size=24)
-    mesh = make_placement(8)
+    mesh = make_sharding(8)
     images = mesh.examples(digits.train_images)
     labels = mesh.examples(digits.train_labels.astype(np.int32))
     state = mesh.everywhere(init_state(config, "batch", np.zeros((2, 28, 28), np.uint8)))
     step = make_train_step(config, "batch", mesh)
-    sizes = {"steps": 2, "batch_size": 24, "placement": mesh}
+    sizes = {"steps": 2, "batch_size": 24, "sharding": mesh}
     text = run_chunk.lower(step, begin(state), images, labels, **sizes).compile().as_text()
     products = re.findall(r"f32\[(\d+),100\]\S* dot\(", text)
     assert set(products) >= {"3"}
@@ -98,7 +98,7 @@ def test_each_device_computes_its_share(digits):
 
 @pytest.mark.parametrize("devices", [None, 1])
 def test_one_device_has_no_mesh(devices):
-    assert make_placement(devices) is ONE_DEVICE
+    assert make_sharding(devices) is ONE_DEVICE
 
 
 @pytest.mark.parametrize(("devices", "chosen"), [(None, [0, 1, 2, 3, 4, 5]), (4, [0, 1, 3, 4])])
@@ -107,12 +107,12 @@ def test_processes_have_equal_parts_of_the_mesh(devices, chosen, monkeypatch):
     present = [SimpleNamespace(process_index=i // 3, id=i) for i in range(6)]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "devices", lambda _: present)
-    monkeypatch.setattr(placement, "Mesh", lambda devices, axes: [d.id for d in devices])
-    assert make_placement(devices).mesh == chosen
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: [d.id for d in devices])
+    assert make_sharding(devices).mesh == chosen
     with pytest.raises(ValueError, match=r"--devices 3: must be a multiple of 2"):
-        make_placement(3)
+        make_sharding(3)
     with pytest.raises(ValueError, match=r"--devices 8: JAX has 6 of kind cpu here"):
-        make_placement(8)
+        make_sharding(8)
 
 
 def test_more_devices_than_there_are(digits):

@@ -1,9 +1,9 @@
-"""Where the arrays are: on one device, or on several that share the examples, or the runs.
+"""How arrays are sharded: over no devices, or over several that share the examples or the runs.
 
-The program is the same in any case. If devices share the examples, parameters and statistics are on
-all of them; XLA adds the communication, so that a batch is the batch, and its mean is the mean over
-all of it, however many devices hold its parts. If they share the runs, each device has all examples
-and trains its own runs, without communication.
+The program is the same in each case. If devices share the examples, each has all parameters and
+statistics, and XLA adds the communication: the mean of a batch is the mean over all of it, however
+many devices hold its parts. If they share the runs, each device has all examples and trains its own
+runs, without communication.
 """
 
 import dataclasses
@@ -20,24 +20,23 @@ DATA = "data"
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """How to place what training needs.
+class Sharding:
+    """Which devices hold what training needs.
 
     Attributes:
-        mesh: of one axis, "data", over which examples or runs are sharded; None for one device, on
-            which everything stays as it is.
-        runs: whether the devices share the runs.
+        mesh: the devices, along one axis "data"; None for one device, where nothing is sharded.
+        runs: whether the devices share the runs, and not the examples.
     """
 
     mesh: Mesh | None = None
     runs: bool = False
 
     def examples(self, array: np.ndarray, filler: int = 0) -> Array:
-        """An array of this process, each device with its share of the examples alone.
+        """Shard an array of examples: each device gets its share of them.
 
         Args:
             array: the same in each process.
-            filler: what makes up for examples that are missing to equal shares.
+            filler: appended until all shares are equal.
         """
         if self.mesh is None:
             return jnp.asarray(array)
@@ -50,7 +49,7 @@ class Placement:
         return self.put(array, PartitionSpec(DATA))
 
     def everywhere(self, tree: Any) -> Any:
-        """A tree of arrays of this process, whole on each device."""
+        """Copy a tree of arrays to each device."""
         if self.mesh is None:
             return tree
 
@@ -62,30 +61,30 @@ class Placement:
         return jax.tree.map(put, tree)
 
     def put(self, array: np.ndarray, spec: PartitionSpec) -> Array:
-        """An array over the mesh; each process copies to its devices what they hold."""
+        """Put an array on the mesh; each process copies only what its own devices hold."""
         assert self.mesh is not None
-        sharding = NamedSharding(self.mesh, spec)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        named = NamedSharding(self.mesh, spec)
+        return jax.make_array_from_callback(array.shape, named, lambda index: array[index])
 
-    def spread(self, tree: Any, axis: int = 0) -> Any:
-        """Under jit: each device goes on with its share of the examples along axis."""
+    def shard(self, tree: Any, axis: int = 0) -> Any:
+        """Under jit: give each device its share of the examples along an axis."""
         return self.constrain(tree, PartitionSpec(*[None] * axis, DATA))
 
     def replicate(self, tree: Any) -> Any:
-        """Under jit: each device goes on with all of it."""
+        """Under jit: give each device all of it."""
         return self.constrain(tree, PartitionSpec())
 
     def constrain(self, tree: Any, spec: PartitionSpec) -> Any:
-        """Under jit: the arrays of a tree, placed so."""
+        """Under jit: shard the arrays of a tree in this way."""
         if self.mesh is None or self.runs:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
 
     def each_run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Under jit: what a function returns for each run, with the results on every device.
+        """Under jit: call a function for each run, and copy the results to every device.
 
         Args:
-            function: of one run, and more.
+            function: takes one run first.
             arguments: first a tree with a leading axis of runs; the others are the same for all.
         """
         mapped = jax.vmap(function, (0, *[None] * (len(arguments) - 1)))
@@ -99,18 +98,18 @@ class Placement:
         return jax.lax.with_sharding_constraint(sharded(*arguments), NamedSharding(self.mesh, same))
 
 
-ONE_DEVICE = Placement()
+ONE_DEVICE = Sharding()
 
 
-def make_placement(devices: int | None, runs: bool = False) -> Placement:
-    """A mesh of that many devices, in equal parts from all processes.
+def make_sharding(devices: int | None, runs: bool = False) -> Sharding:
+    """The sharding over so many devices, equally many of each process.
 
     Args:
         devices: how many; None for one, or, where there are several processes, for all.
-        runs: whether they share the runs.
+        runs: whether they share the runs, and not the examples.
 
     Raises:
-        ValueError: there are not as many here, or the processes cannot have equal parts.
+        ValueError: there are fewer devices, or they cannot be equally many of each process.
     """
     (here,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
     platform = here.platform
@@ -131,4 +130,4 @@ def make_placement(devices: int | None, runs: bool = False) -> Placement:
     each = devices // processes
     chosen = [[d for d in present if d.process_index == p][:each] for p in range(processes)]
     mesh = Mesh(np.asarray(chosen).reshape(-1), (DATA,))
-    return Placement(mesh, runs)
+    return Sharding(mesh, runs)
