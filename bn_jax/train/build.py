@@ -51,7 +51,7 @@ def build_model(config: TrainConfig, arm: Arm) -> nn.Module:
 
 
 def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimizer with its schedule, and weight decay on kernels alone."""
+    """The optimizer with its schedule, and weight decay on kernels only."""
     steps, rate = max(config.steps, 1), config.learning_rate
     schedule = {
         "constant": lambda: optax.constant_schedule(rate),
@@ -64,7 +64,7 @@ def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         "adam": optax.scale_by_adam,
     }[config.optimizer]()
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
-    # A traced decay may be anything.
+    # Of a traced decay, nobody knows whether it is 0.
     none = isinstance(config.weight_decay, int | float) and not config.weight_decay
     return optax.chain(
         direction,

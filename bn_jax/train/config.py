@@ -1,4 +1,4 @@
-"""Everything that a training run can choose, with the paper's experiment as the default."""
+"""All settings of a training run; the defaults are the paper's experiment."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ from bn_jax.train.settings import (
 
 Arm = Literal["batch", "none"]
 SWEPT = ("learning_rate", "init_std", "decay", "epsilon", "weight_decay")
-"""Numbers that may differ between runs of one compiled program, beside the seed."""
+"""Numbers that `--over` can sweep; beside the seed, these may differ within a compiled program."""
 
 USED_BY = {
     "hidden": ("mlp",),
@@ -31,7 +31,7 @@ USED_BY = {
     "activation": ("mlp", "cnn"),
     "placement": ("mlp", "cnn"),
 }
-"""The models that use a setting, where not all do."""
+"""Settings that only some models use, and these models."""
 
 
 # A dataclass takes its fields from the last base first: data, model, normalization, and so on.
@@ -44,13 +44,13 @@ class TrainConfig(
     The paper gives the network, 50,000 steps of 60 examples and a binary input. It does not give
     the learning rate, the initial standard deviation, epsilon, or how the input is made binary.
     Those defaults are from a small grid (standard deviation 0.02 to 0.05, rate 0.1 to 0.3,
-    threshold or stochastic): they come near its Figure 1(a) in the steps to 0.95, where the paper
-    has less than 4,000 with batch norm and 14,600 without, and these about 4,500 and 15,000.
+    threshold or stochastic). With batch norm they reach 0.95 after about 4,500 steps (less than
+    4,000 in the paper's Figure 1(a)), and without after 15,000 (14,600).
 
-    `settings` describes the fields, but for one.
+    `settings` describes the other fields.
 
     Attributes:
-        over: numbers to train with several values of, as in ("learning-rate=0.1,0.3",).
+        over: the numbers to sweep, and their values, as in ("learning-rate=0.1,0.3",).
 
     Raises:
         ValueError: a value is out of range, with the field's name and what it may be.
@@ -68,7 +68,7 @@ class TrainConfig(
         self.check_parts()
 
     def check_parts(self) -> None:
-        """Refuse parts of a batch that are unequal, or too small for statistics."""
+        """Refuse to split a batch into unequal parts, or into parts too small for statistics."""
         batch, group, micro_batches = self.batch_size, self.group_size, self.micro_batches
         # The tower's features are maps: even one example has many values of each.
         one_will_do = self.norm == "none" or self.model == "tower"
@@ -95,7 +95,7 @@ class TrainConfig(
             self.demand("batch_size", not batch % share, rule)
 
     def check_axes(self) -> None:
-        """Refuse axes of a grid that are none, and values that none of its runs could have."""
+        """Refuse a sweep of what cannot be swept, and values that no single run could have."""
         rule = f"NAME=NUMBER,NUMBER,… with NAME one of {', '.join(map(dashed, SWEPT))}"
         self.demand("over", is_tuple(self.over, lambda axis: isinstance(axis, str)), rule)
         try:
@@ -110,13 +110,13 @@ class TrainConfig(
             dataclasses.replace(cell)  # which checks it
 
     def demand(self, name: str, satisfied: bool, rule: str) -> None:
-        """Raise a ValueError that names the field, its value and the rule, unless satisfied."""
+        """Unless satisfied, raise a ValueError that names the field, its value and the rule."""
         if not satisfied:
             raise out_of_range(name, getattr(self, name), rule)
 
     @property
     def swept(self) -> dict[str, tuple[float, ...]]:
-        """The numbers that are swept, and their values."""
+        """The numbers that `over` sweeps, and their values."""
         pairs = (axis.partition("=") for axis in self.over)
         return {
             name.replace("-", "_"): tuple(map(float, values.split(",")))
@@ -125,29 +125,29 @@ class TrainConfig(
 
     @property
     def axes(self) -> dict[str, tuple[float, ...]]:
-        """The numbers that have several values, and these; the decay is the last of them."""
+        """All numbers with several values, and these values; the decay comes last."""
         axes = self.swept
         decay = axes.pop("decay", self.decay)
         return axes | ({"decay": decay} if isinstance(decay, tuple) else {})
 
     @property
     def decays(self) -> int:
-        """How many averages a run carries: training does not read them, so one serves several.
+        """How many moving averages one run carries, each with its own decay.
 
-        With renorm it does, and each decay has a run of its own.
+        Training does not read them, except with renorm, where each decay needs its own run.
         """
         return 1 if self.renorm else len(self.axes.get("decay", "1"))
 
     @property
     def grid(self) -> list[dict[str, float]]:
-        """All combinations of the values of the axes; a single empty one without any."""
+        """All combinations of the values of the axes; without axes, one that is empty."""
         return combinations(self.axes)
 
     @property
     def runs(self) -> list["TrainConfig"]:
-        """Every run to train: all combinations that are trained, each with all seeds.
+        """The runs to train: each combination with each seed.
 
-        A run that carries several averages has the first of their decays.
+        Combinations that differ in the decay alone share a run, which has the first decay.
         """
         one = {"over": (), "seeds": 1}
         return [
@@ -164,7 +164,7 @@ class TrainConfig(
 
     @property
     def names(self) -> list[tuple[int, int]]:
-        """What is evaluated: run by run and average by average, its place in `grid` and seed."""
+        """The place in `grid` and the seed of each average of each run, as they are evaluated."""
         return [
             (i // self.seeds * self.decays + average, run.seed)
             for i, run in enumerate(self.runs)
@@ -172,7 +172,7 @@ class TrainConfig(
         ]
 
     def with_values(self, values: Mapping[str, Any]) -> "TrainConfig":
-        """The same with other values, which may be traced and are not checked."""
+        """A copy with other values, which may be traced and are not checked."""
         other = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(other, name, value)
@@ -185,7 +185,7 @@ class TrainConfig(
 
     @property
     def all_seeds(self) -> range:
-        """The seeds to train with, all at once."""
+        """The seeds, which are trained at once."""
         return range(self.seed, self.seed + self.seeds)
 
     @property
@@ -199,7 +199,7 @@ class TrainConfig(
 
     @property
     def unused(self) -> dict[str, str]:
-        """The fields that change nothing in this run, each with the reason."""
+        """The fields that have no effect on this run, each with the reason."""
         reasons = {
             name: f"--model {self.model}; only {' and '.join(models)} use it"
             if len(models) > 1
@@ -215,7 +215,7 @@ class TrainConfig(
         return reasons
 
     def to_json(self) -> str:
-        """All fields as JSON, for people and for `from_json`."""
+        """All fields as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
     @classmethod
@@ -233,12 +233,11 @@ class TrainConfig(
         if unknown:
             raise ValueError(f"unknown field {min(unknown)!r} in the configuration")
         # JSON has neither paths nor tuples.
-        for name in ("data_dir", "run_dir"):
-            if isinstance(fields.get(name), str):
-                fields[name] = Path(fields[name])
-        for name in ("hidden", "over", "decay", "renorm"):
-            if isinstance(fields.get(name), list):
-                fields[name] = tuple(fields[name])
+        for name, value in fields.items():
+            if isinstance(value, list):
+                fields[name] = tuple(value)
+            elif isinstance(value, str) and name in ("data_dir", "run_dir"):
+                fields[name] = Path(value)
         return cls(**fields)
 
 

@@ -15,19 +15,19 @@ from tyro.conf import arg
 
 
 class Must(NamedTuple):
-    """What the values of a field must be: in words, and as a test. The default may be None too."""
+    """What a field's values must be, in words and as a test; a default None always passes."""
 
     be: str
     holds: Callable[[Any], bool]
 
 
 def integer_from(least: int, below: float = math.inf) -> Callable[[Any], bool]:
-    """A test for integers (True and False are none) from least on, below a limit."""
+    """A test for integers, other than True and False, from least on and below a limit."""
     return lambda value: type(value) is int and least <= value < below
 
 
 def number_from(least: float, most: float = math.inf) -> Callable[[Any], bool]:
-    """A test for finite numbers (True and False are none) from least to most."""
+    """A test for finite numbers, other than True and False, from least to most."""
     return lambda value: type(value) in (int, float) and least <= value <= most and value < math.inf
 
 
@@ -90,14 +90,14 @@ class DataSettings:
 
     Attributes:
         dataset: The data set; both have 60,000 training and 10,000 test images, 28 by 28.
-        data_dir: A folder with the data set's four files.
+        data_dir: A folder with the data set's four files, or with Keras' mnist.npz.
         binarization: How grey levels become the paper's binary input. threshold: above 127 is 1.
             stochastic: drawn anew at each step with the grey level as probability. none: not at
             all, grey levels stay between 0 and 1.
     """
 
     dataset: Literal["mnist", "fashion-mnist"] = "mnist"
-    data_dir: Annotated[Path | None, FOLDER, unset("PATH", "download once, and cache")] = None
+    data_dir: Annotated[Path | None, FOLDER, unset("PATH", "downloaded once, then cached")] = None
     binarization: Literal["threshold", "stochastic", "none"] = "threshold"
 
 
