@@ -95,7 +95,7 @@ def check_close(here: Finding, results: dict[str, np.ndarray], vector: Vector, _
             continue
         level = "wrong"
         known = known or suspects.of(vector, here.call)
-        names += recognize(value, known.get(quantity, ()), allowed, error)
+        names += recognize(value, wanted, known.get(quantity, []), allowed, error)
         details.append(describe(quantity, value, wanted, allowed))
     if level == "wrong":
         names = [name for name in names if name != ROUNDED_MEAN]
@@ -164,22 +164,16 @@ def distance(value: np.ndarray, wanted: np.ndarray, allowed: Any) -> float:
 
 
 def recognize(
-    value: np.ndarray, known: Iterable[tuple[str, np.ndarray]], allowed: Any, error: float
+    value: np.ndarray, wanted: np.ndarray, known: suspects.Suspected, allowed: Any, error: float
 ) -> list[str]:
-    """The bug whose result is nearest, if it is much nearer than the right one."""
-
-    def gap(imitation: np.ndarray) -> float:
-        both = np.isnan(value) & np.isnan(imitation)
-        return distance(np.where(both, 0, value), np.where(both, 0, imitation), allowed)
-
-    near = [(gap(imitation), name) for name, imitation in known if same_nans(value, imitation)]
+    """The bug whose result is nearest where anything is wanted, if it is much nearer than that."""
+    asked, near = ~np.isnan(wanted), []
+    for name, imitation in known:
+        same = np.isnan(value) & np.isnan(imitation) | ~asked
+        there, here = (np.where(same, 0, array) for array in (imitation, value))
+        near.append((math.inf if np.isnan(there).any() else distance(here, there, allowed), name))
     best, name = min(near, default=(math.inf, ""))
     return [name] if best <= 30 and best < error / 20 else []
-
-
-def same_nans(value: np.ndarray, imitation: np.ndarray) -> bool:
-    """Whether two arrays are NaN in the same places."""
-    return bool((np.isnan(value) == np.isnan(imitation)).all())
 
 
 def describe(quantity: str, value: np.ndarray, wanted: np.ndarray, allowed: Any) -> str:

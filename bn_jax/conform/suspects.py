@@ -13,8 +13,10 @@ import numpy as np
 from bn_jax.conform import conventions, oracle
 from bn_jax.conform.vectors import Vector
 
-Suspects = dict[str, list[tuple[str, np.ndarray]]]
-"""For each result, the bugs that it may have, and what it is then."""
+Suspected = list[tuple[str, np.ndarray]]
+"""The bugs that a result may have, and what it is then."""
+
+Suspects = dict[str, Suspected]
 
 EPSILON_MISSING = "ε is missing"
 EPSILON_OUTSIDE = "ε is outside of the root, σ + ε instead of √(σ² + ε)"

@@ -4,6 +4,7 @@ import inspect
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bn_jax.conform import example, judge, report
@@ -231,3 +232,17 @@ def test_a_mean_rounded_to_float32_is_a_note():
 def test_the_plain_one_has_about_twenty_lines():
     code = Path(plain.__file__).read_text().partition("import numpy as np")[2]
     assert len([line for line in code.splitlines() if line and not line.startswith("def")]) <= 22
+
+
+def test_a_bug_is_named_whatever_stands_in_the_padding():
+    """y is free where a mask leaves values out; here it is zero."""
+    wrong = planted(example, *FULL["full count"][:2]).functions["batch_norm"]
+
+    def batch_norm(x, scale, bias, epsilon, mask=None):
+        y, mean, var = wrong(x, scale, bias, epsilon, mask)
+        return y if mask is None else np.where(mask[:, None], y, 0), mean, var
+
+    (vector,) = (v for v in judge.load() if v.group == "mask")
+    finding = judge.try_one(examine(batch_norm), "batch_norm", vector)
+    assert finding.detail.startswith("y is off")
+    assert finding.names[0] == "masked sums are divided by the full count, in the mean"
