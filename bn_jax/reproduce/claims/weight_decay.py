@@ -32,7 +32,7 @@ def measure(study: Study) -> Results:
         batches = jnp.asarray(np.asarray(data)[rows] > 127, jnp.float64), labels[rows]
         results = {
             f"{epsilon:g}": [
-                differences(epsilon, jax.random.key(seed), *batches).tolist()
+                [float(f"{d:.3g}") for d in differences(epsilon, jax.random.key(seed), *batches)]
                 for seed in range(study.seeds)
             ]
             for epsilon in EPSILONS
