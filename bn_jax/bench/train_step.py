@@ -2,8 +2,10 @@
 
 All loops train the same networks (the mlp, cnn and tower of `bn-jax train`, with batch norm) on
 MNIST with SGD and batches of 60. Ours runs chunks of steps under `lax.scan`, with the data on the
-device. flax's loop calls a jitted step from Python for every batch, which numpy picks; the state is
-donated, and the layer is flax.linen.BatchNorm with its defaults. torch's loop is eager.
+device. The contenders "in our loop" run there too, with the usual training step of flax, and differ
+in nothing but where `BatchNorm` is imported from, or in having none. flax's own loop calls a jitted
+step from Python for every batch, which numpy picks; the state is donated, and the layer is
+flax.linen.BatchNorm with its defaults. torch's loop is eager.
 
 Run it with: bn-jax bench --suite train-step. Results are in RESULTS.md.
 """
@@ -26,16 +28,24 @@ from bn_jax.bench.interleave import Timing, interleave
 from bn_jax.bench.peers import torch_device
 from bn_jax.bench.report import Bar, Report
 from bn_jax.data import Dataset, load
+from bn_jax.layers.linen import BatchNorm
 from bn_jax.train.build import build_model
 from bn_jax.train.chunks import split, steps_per_call
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import run_chunk
 from bn_jax.train.progress import begin
-from bn_jax.train.state import init_state
-from bn_jax.train.step import make_train_step
+from bn_jax.train.state import TrainState, init_state
+from bn_jax.train.step import TrainStep, make_train_step
 
 Model = Literal["mlp", "cnn", "tower"]
 OURS, THEIRS, TORCH = "bn_jax, scanned", "flax, step by step", "torch, eager"
+IN_OUR_LOOP = {
+    "no batch norm, in our loop": None,
+    "bn_jax, in our loop": BatchNorm,
+    "flax, in our loop": nn.BatchNorm,
+    "flax, accurate, in our loop": functools.partial(nn.BatchNorm, use_fast_variance=False),
+}
+State = tuple[Any, Any, optax.OptState]
 
 
 def configuration(model: Model) -> TrainConfig:
@@ -52,9 +62,31 @@ def chunk_size(config: TrainConfig) -> int:
 
 def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
     """Our loop: a function that trains for more steps at each call."""
+    state = init_state(config, "batch", data.train_images[:1])
+    return in_chunks(config, data, steps, state, make_train_step(config, "batch"))
+
+
+def in_our_loop(
+    normalization: Callable[..., nn.Module] | None, config: TrainConfig, data: Dataset, steps: int
+) -> Callable[[], object]:
+    """Our loop with the training step of flax's documentation, and any batch norm or none."""
+    start, usual_step = in_flax(config, normalization)
+    state = init_state(config, "batch", data.train_images[:1])
+    state = state._replace(params=start[0], batch_stats=start[1], opt_state=start[2])
+
+    def train_step(state: TrainState, images: Any, labels: Any) -> tuple[TrainState, Any]:
+        old = state.params, state.batch_stats, state.opt_state
+        new, loss = usual_step(old, images, labels)
+        return TrainState(*new, state.step + 1, state.key), loss
+
+    return in_chunks(config, data, steps, state, train_step)
+
+
+def in_chunks(
+    config: TrainConfig, data: Dataset, steps: int, state: TrainState, train_step: TrainStep
+) -> Callable[[], object]:
+    """A function that takes more steps at each call, in compiled chunks."""
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32)
-    state = init_state(config, "batch", images[:1])
-    train_step = make_train_step(config, "batch")
     sizes = split(steps, chunk_size(config))
 
     def run() -> None:
@@ -71,28 +103,10 @@ def scanned(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], obje
 
 def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
     """The usual loop in flax: one call of a jitted step per batch."""
-    normalization = functools.partial(nn.BatchNorm, momentum=config.decay)
-    model = build_model(config, "batch").clone(normalization=normalization)
-    optimizer = optax.sgd(config.learning_rate)
     images, labels = np.asarray(data.train_images), data.train_labels.astype(np.int32)
-    variables = model.init(jax.random.key(config.seed), jnp.zeros((1, 28, 28)), train=False)
-    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    state, usual_step = in_flax(config, nn.BatchNorm)
+    train_step = jax.jit(usual_step, donate_argnums=0)
     generator = np.random.default_rng(config.seed)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state, images, labels):
-        params, batch_stats, opt_state = state
-        inputs = (images > 127).astype(jnp.float32)
-
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates["batch_stats"]
-
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), stats, opt_state), loss
 
     def run() -> None:
         nonlocal state
@@ -104,6 +118,34 @@ def step_by_step(config: TrainConfig, data: Dataset, steps: int) -> Callable[[],
         jax.block_until_ready((state, loss))
 
     return run
+
+
+def in_flax(
+    config: TrainConfig, normalization: Callable[..., nn.Module] | None
+) -> tuple[State, Callable[[State, Any, Any], tuple[State, Any]]]:
+    """The first state, and the training step as flax's documentation writes it."""
+    if normalization is not None:
+        normalization = functools.partial(normalization, momentum=config.decay)
+    model = build_model(config, "batch").clone(normalization=normalization)
+    optimizer = optax.sgd(config.learning_rate)
+    variables = model.init(jax.random.key(config.seed), jnp.zeros((1, 28, 28)), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+
+    def train_step(state: State, images: Any, labels: Any) -> tuple[State, Any]:
+        params, batch_stats, opt_state = state
+        inputs = (images > 127).astype(jnp.float32)
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates.get("batch_stats", {})
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    return (params, batch_stats, optimizer.init(params)), train_step
 
 
 def torch_eager(config: TrainConfig, data: Dataset, steps: int) -> Callable[[], object]:
@@ -172,6 +214,7 @@ def torch_network(torch: Any, config: TrainConfig) -> Any:
 def measure(config: TrainConfig, data: Dataset, *, steps: int, turns: int) -> dict[str, Timing]:
     """Time the loops in turns; a turn's steps must fit in an epoch."""
     loops = {OURS: scanned, THEIRS: step_by_step}
+    loops |= {name: functools.partial(in_our_loop, norm) for name, norm in IN_OUR_LOOP.items()}
     if importlib.util.find_spec("torch"):
         loops[TORCH] = torch_eager
     contenders = {name: loop(config, data, steps) for name, loop in loops.items()}

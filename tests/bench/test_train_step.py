@@ -35,13 +35,14 @@ def test_every_loop_that_can_run_has_its_turns(lenient, monkeypatch):
 
     for name in ("scanned", "step_by_step", "torch_eager"):
         monkeypatch.setattr(train_step, name, loop)
+    monkeypatch.setattr(train_step, "in_our_loop", lambda _, *arguments: loop(*arguments))
     for found in (None, object()):
         monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
         timings = train_step.measure(TrainConfig(), draw(1), steps=4, turns=2)
-        names = [train_step.OURS, train_step.THEIRS, train_step.TORCH]
-        assert list(timings) == (names if found else names[:2])
+        names = [train_step.OURS, train_step.THEIRS, *train_step.IN_OUR_LOOP, train_step.TORCH]
+        assert list(timings) == (names if found else names[:-1])
         assert all(len(timing.seconds) == 2 for timing in timings.values())
-    assert steps == [4] * 15  # a turn that does not count, and two that do
+    assert steps == [4] * 39  # a turn that does not count, and two that do
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -58,6 +59,31 @@ def test_both_loops_update_the_same_network(model, lenient):
         assert all(jax.tree.leaves(moved))
         sizes[build.__name__] = sum(a.size for a in jax.tree.leaves(after))
     assert sizes["scanned"] == sizes["step_by_step"]
+
+
+@pytest.mark.slow
+def test_in_our_loop_only_the_batch_norm_differs(lenient):
+    """Ours and flax's learn the same; without, there is no scale, but a bias per layer."""
+    sizes, ends = {}, {}
+    for name, normalization in train_step.IN_OUR_LOOP.items():
+        run = train_step.in_our_loop(normalization, CONFIGS["mlp"], draw(120), 3)
+        run()
+        (state,) = (
+            cell.cell_contents
+            for name, cell in zip(run.__code__.co_freevars, run.__closure__, strict=True)
+            if name == "state"
+        )
+        sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        ends[name] = state
+    none, *others = train_step.IN_OUR_LOOP
+    assert {sizes[name] - sizes[none] for name in others} == {8 + 5}
+    assert int(ends[none].step) == 3
+    for name in others[1:]:
+        # Three steps, each of which rounds otherwise.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            *((ends[n].params, ends[n].batch_stats) for n in (others[0], name)),
+        )
 
 
 @pytest.mark.peer
