@@ -34,7 +34,7 @@ def calls(data, arm="batch", **options):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (("decay=0.5,0.99",), {"average": "ema", "micro_batches": 2}),
+                (("decay=0.5,0.99",), {"renorm": (3.0, 5.0), "micro_batches": 2}),
                 (("weight-decay=0,0.5", "learning-rate=0.1"), {"schedule": "cosine"}),
                 (("init-std=0.01,0.3", "decay=0.9"), {"optimizer": "adam"}),
             ]
@@ -128,7 +128,8 @@ def test_every_cell_is_scored_again(folder, on_digits):
 @pytest.mark.slow
 def test_a_grid_goes_on_to_the_byte(folder, tmp_path, on_digits, stop_after, monkeypatch):
     monkeypatch.setattr(loop, "steps_per_call", lambda *_: 8)  # two steps of four runs
-    options = SMALL | {"seeds": 2, "over": ("decay=0.5,0.9",), "norm": "batch"}
+    options = SMALL | {"seeds": 2, "norm": "batch"}
+    options |= {"over": ("decay=0.5,0.9", "epsilon=1e-5,0.1")}
     whole, parts = (TrainConfig(run_dir=tmp_path / name, **options) for name in ("whole", "parts"))
     run_experiment(whole, quiet())
     stop_after(2)
@@ -139,7 +140,7 @@ def test_a_grid_goes_on_to_the_byte(folder, tmp_path, on_digits, stop_after, mon
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     assert lines(tmp_path / "parts")[0]["decay"] == 0.5
     tables = [(tmp_path / name / "sweep.csv").read_text() for name in ("whole", "parts")]
-    assert len(tables[0].splitlines()) == len(tables[1].splitlines()) == 3
+    assert len(tables[0].splitlines()) == len(tables[1].splitlines()) == 1 + 4
 
 
 def test_the_command(main, tmp_path, on_digits, capsys):
