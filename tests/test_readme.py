@@ -78,8 +78,9 @@ def test_commands_are_accepted(command):
     elif verb == "evaluate":
         assert flags[:1] in ([], ["RUN"])
         if flags[1:]:
-            assert flags[1] == "--statistics"
-            assert flags[2] in get_args(Statistics)
+            flag, value = flags[1:]
+            assert value.isdecimal() if flag == "--step" else flag == "--statistics"
+            assert flag == "--step" or value in get_args(Statistics)
     elif verb == "conform":
         assert not any(flag.startswith("-") for flag in flags)
     elif verb == "reproduce":
