@@ -15,10 +15,6 @@ from bn_jax.inference.recalibrate import recalibrate_linen, recalibrate_nnx
 from bn_jax.layers.fold import fold_linen, fold_nnx
 from tests.layers import draws
 
-eqx = pytest.importorskip("equinox")
-
-import bn_jax.layers.equinox  # noqa: E402
-
 
 def normal(*given, **seed):
     return np.array(draws.normal(*given, **seed))
@@ -47,10 +43,16 @@ def in_nnx(x, scale, bias, evaluate, mask=None, **options):
     return layer(x, use_running_average=True, scale=scale, bias=bias) if evaluate else y
 
 
+def equinox_layer(*given, **options):
+    """A layer and its state, where Equinox is installed."""
+    eqx = pytest.importorskip("equinox")
+    from bn_jax.layers.equinox import BatchNorm
+
+    return eqx.nn.make_with_state(BatchNorm)(3, *given, axis=-1, **options)
+
+
 def in_equinox(x, scale, bias, evaluate, mask=None):
-    layer, state = eqx.nn.make_with_state(bn_jax.layers.equinox.BatchNorm)(
-        3, axis=-1, channelwise_affine=False, momentum=0.0, unbiased=False
-    )
+    layer, state = equinox_layer(channelwise_affine=False, momentum=0.0, unbiased=False)
     y, state = layer(x, state, weight=scale, bias=bias, mask=mask)
     return layer(x, state, inference=True, weight=scale, bias=bias)[0] if evaluate else y
 
@@ -109,9 +111,7 @@ def test_padding_may_hold_anything(shell):
 
 
 def test_under_vmap_equinox_takes_a_row_for_each_example():
-    layer, state = eqx.nn.make_with_state(bn_jax.layers.equinox.BatchNorm)(
-        3, "batch", axis=-1, channelwise_affine=False
-    )
+    layer, state = equinox_layer("batch", channelwise_affine=False)
     scale, bias = normal((6, 3), 1, seed=1), normal((6, 3), 0, seed=2)
 
     def one(x, scale, bias):
@@ -190,6 +190,9 @@ def test_mistakes_are_named():
         layer(X, bias=np.ones(3))
     with pytest.raises(ValueError, match=r"bias has shape \(5, 3\), but x has shape \(6, 2, 2, 3"):
         in_nnx(X, None, np.ones((5, 3)), evaluate=False)
-    layer, state = eqx.nn.make_with_state(bn_jax.layers.equinox.BatchNorm)(3, axis=-1)
+
+
+def test_mistakes_are_named_in_equinox():
+    layer, state = equinox_layer()
     with pytest.raises(ValueError, match=r"weight is given in the call.*channelwise_affine=False"):
         layer(X, state, weight=np.ones(3))
