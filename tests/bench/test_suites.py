@@ -136,5 +136,5 @@ def test_only_accuracy_decides_the_verdict(error, verdict, monkeypatch, tmp_path
 
 
 def test_every_suite_has_a_name():
-    assert get_args(get_type_hints(cli.bench)["suite"]) == ("all", *suites.SUITES)
+    assert get_args(get_type_hints(cli.COMMANDS["bench"])["suite"]) == ("all", *suites.SUITES)
     assert set(FUNCTIONAL) < set(PEERS) == set(ENTRIES)

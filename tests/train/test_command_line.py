@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from bn_jax import cli
+from bn_jax.commands import console
 from bn_jax.hints import OTHER_NAMES, describe_flags, flag_of, guess
 from bn_jax.train import settings
 from bn_jax.train.build import build_model
@@ -226,7 +227,7 @@ def test_help_has_every_flag_in_its_group(read_help):
 )
 def test_the_first_seconds_say_what_happens(line, words, main, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "stdout", Console(file=shown, force_terminal=True))
+    monkeypatch.setattr(console, "stdout", Console(file=shown, force_terminal=True))
     assert main(*line.split()) == 2
     assert words in shown.getvalue()
 
