@@ -14,7 +14,16 @@ each_lesson = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.s
 
 # What the first cell installs: the package with its extra "train".
 INSTALLED = {"bn_jax", "jax", "numpy", "flax", "optax", "orbax", "matplotlib"}
-STANDARD = {"functools", "importlib", "itertools", "pathlib", "subprocess", "sys", "tempfile"}
+STANDARD = {
+    "functools",
+    "importlib",
+    "itertools",
+    "pathlib",
+    "subprocess",
+    "sys",
+    "tempfile",
+    "warnings",
+}
 
 # For each exercise, an answer that a reader might give first, and that is wrong.
 WRONG = {
@@ -58,6 +67,15 @@ WRONG = {
         "lambda p, s, xs: lax.map(lambda x: network(p, s, x, blended(0.0))[0].argmax(-1), xs)",
         # The start of the variance taken for 0.
         "lambda s, d: s._replace(mean=s.mean / (1 - d**s.count), var=s.var / (1 - d**s.count))",
+    ],
+    "06_pitfalls": [
+        # The initial variance is 1, not 0.
+        "lambda mean, var, d, t: (mean / (1 - d**t), var / (1 - d**t))",
+        # Not squared.
+        "lambda r, b: float(1 / (jnp.abs(r - b.mean(0)) / b.std(0)).mean())",
+        # What is not finite becomes 0, and is averaged.
+        "lambda m, v, bm, bv, d: (d * m + (1 - d) * jnp.nan_to_num(bm, posinf=0),"
+        " d * v + (1 - d) * jnp.nan_to_num(bv, posinf=0))",
     ],
 }
 

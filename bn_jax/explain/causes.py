@@ -180,7 +180,7 @@ CAUSES = (
     ),
     Cause(
         "averaged weights",
-        lambda row: row.change > 0.12,
+        lambda row: row.change > 0.12 and row.noise < 0.2,
         "running variances are too large for these weights, which became smaller since: they were "
         "averaged (EMA, SWA), or decayed fast",
         RECALIBRATE,
@@ -189,7 +189,7 @@ CAUSES = (
     ),
     Cause(
         "lagging average",
-        lambda row: row.change > 0.15,
+        lambda row: row.change > 0.15 and row.noise < 0.2,
         "the running average lags behind the weights, which move fast: let the learning rate fall "
         "at the end, or take new statistics",
         after(

@@ -110,28 +110,26 @@ class Comparison(NamedTuple):
 
 def gather(batches: Iterable[Any]) -> list[Batches]:
     """What each layer normalized, from what is seen of one batch at a time."""
-    layers: list[list[Seen]] = []
+    layers: list[list[Any]] = []
     for batch in batches:
-        seen = jax.device_get(jax.tree.leaves(batch, is_leaf=lambda node: isinstance(node, Seen)))
+        seen: list[Seen] = jax.tree.leaves(batch, is_leaf=lambda node: isinstance(node, Seen))
+        of_batch = [(s.means.mean, s.means.rest, s.variances.mean, s.means.count) for s in seen]
         layers = layers or [[] for _ in seen]
-        for layer, of_batch in zip(layers, seen, strict=True):
-            layer.append(of_batch)
+        for layer, values in zip(layers, jax.device_get(of_batch), strict=True):
+            layer.append(values)
     return [stack(layer) for layer in layers]
 
 
-def stack(batches: list[Seen]) -> Batches:
-    """One layer's statistics as arrays."""
+def stack(batches: list[Any]) -> Batches:
+    """One layer's statistics as arrays; the mean with what rounding it has lost."""
 
     def table(values: Iterable[Any]) -> Values:
         wide = [np.asarray(v) * np.float64(1) for v in values]
         return np.stack(wide).reshape(len(wide), -1)
 
-    mean = table(b.means.mean for b in batches)
-    if batches[0].means.rest is not None:
-        mean = mean + table(b.means.rest for b in batches)
-    return Batches(
-        mean, table(b.variances.mean for b in batches), table(b.means.count for b in batches)
-    )
+    means, rests, variances, counts = zip(*batches, strict=True)
+    mean = table(means) if rests[0] is None else table(means) + table(rests)
+    return Batches(mean, table(variances), table(counts))
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")

@@ -1,5 +1,6 @@
 """From numbers per feature to a table, a verdict, and what to do."""
 
+import contextlib
 import dataclasses
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -148,6 +149,14 @@ class Report:
         if path is not None:
             write_whole(Path(path), to_png(figure))
         return figure
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture, where Jupyter shows a report; None without matplotlib."""
+        from bn_jax.explain.picture import draw, to_png
+
+        with contextlib.suppress(ImportError):
+            return to_png(draw({"": self}))
+        return None
 
 
 def short(names: Iterable[str]) -> list[str]:

@@ -209,22 +209,21 @@ EVALUATES_NNX = {
 
 def first_verdict(kind, case, api, images, test_images):
     """The first cause that is named, or None."""
-    batches = images[case.rows]
-    test = test_images[: case.rows.size].reshape(batches.shape)
-    test = test * (1 - case.brighter) + case.brighter
+    batches, test = images[case.rows], None
+    if case.brighter or case.cause is None:
+        test = test_images[: case.rows.size].reshape(batches.shape)
+        test = test * (1 - case.brighter) + case.brighter
     if api == "functional":
-        trained, evaluated = (
-            [
-                {f"layer {i}": Moments(*(p[b] for p in m[:3])) for i, m in enumerate(layers)}
-                for b in range(LOOKED_AT)
-            ]
-            for layers in (
-                jax.device_get(moments(case.weights, some, case.epsilon))
-                for some in (batches, test)
-            )
-        )
-        states = {f"layer {i}": state for i, state in enumerate(case.states)}
-        report = explain(states, trained, evaluated, batch_size=case.size, epsilon=case.epsilon)
+
+        def see(some):
+            layers = jax.device_get(moments(case.weights, some, case.epsilon))
+            for b in range(LOOKED_AT):
+                yield {str(i): Moments(*(p[b] for p in m[:3])) for i, m in enumerate(layers)}
+
+        states = {str(i): state for i, state in enumerate(case.states)}
+        evaluated = None if test is None else see(test)
+        options = {"batch_size": case.size, "epsilon": case.epsilon}
+        report = explain(states, see(batches), evaluated, **options)
     elif kind == "dense":
         trains, evaluates = linen(epsilon=case.epsilon, momentum=case.momentum)
         evaluate = evaluates[case.flag] if case.flag else None

@@ -70,7 +70,12 @@ def test_the_file(tmp_path):
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_jupyter_shows_it():
+    assert REPORT._repr_png_().startswith(b"\x89PNG")
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="a picture needs matplotlib: pip install matplotlib"):
         REPORT.plot()
+    assert REPORT._repr_png_() is None
