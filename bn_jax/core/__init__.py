@@ -12,7 +12,7 @@ To understand it, read these in order:
 8. `batch_norm`: 6 and 7 for training, 5 for inference
 
 They use `replicas` (sums over named axes) and `ghost` (groups of examples). Built from them are
-`renorm` (Batch Renormalization), `population` and `recalibrate` (Algorithm 2), and `pool_states`
-(replicas that trained apart). `checks` refuses mistakes, `dtypes` says how precise statistics are,
+`renorm` and `correction` (Batch Renormalization), `population` and `recalibrate` (Algorithm 2), and
+`pool_states` (replicas that trained apart). `checks` refuses mistakes, `dtypes` says how precise statistics are,
 `exported` makes named tuples known to jax.export, and `xla` is what compilers need.
 """

@@ -1199,17 +1199,17 @@ MUTATIONS = [
         "axis_name: str | tuple[str, ...] | None",
         "layers/equinox",
     ),
-    # renorm.py, recalibrate.py
+    # renorm.py, correction.py, recalibrate.py
     Mutation(
         "the correction d is not clipped",
-        "renorm.py",
+        "correction.py",
         "        d = jnp.clip(d, -d_max, d_max)\n",
         "        pass\n",
         "renorm",
     ),
     Mutation(
         "r is clipped from above only",
-        "renorm.py",
+        "correction.py",
         "jnp.clip(batch / running, 1 / r_max, r_max)",
         "jnp.minimum(batch / running, r_max)",
         "renorm",
@@ -1223,7 +1223,7 @@ MUTATIONS = [
     ),
     Mutation(
         "renorm averages variances",
-        "renorm.py",
+        "correction.py",
         "return BatchNormState(*(jnp.where(moved, a, b)",
         "return advance(state, moments, average, unbiased=False)\n"
         "    return BatchNormState(*(jnp.where(moved, a, b)",
@@ -1231,14 +1231,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a new state corrects",
-        "renorm.py",
+        "correction.py",
         "(moments.count > 0) & (batches_seen(state) > 0) & (running > 0) & (batch > 0)",
         "(moments.count > 0) & (running > 0) & (batch > 0)",
         "renorm",
     ),
     Mutation(
         "σ = 0 is divided by",
-        "renorm.py",
+        "correction.py",
         "(moments.count > 0) & (batches_seen(state) > 0) & (running > 0) & (batch > 0)",
         "(moments.count > 0) & (batches_seen(state) > 0)",
         "renorm",
