@@ -13,6 +13,6 @@ To understand it, read these in order:
 
 They use `replicas` (sums over named axes) and `ghost` (groups of examples). Built from them are
 `renorm` and `correction` (Batch Renormalization), `population` and `recalibrate` (Algorithm 2), and
-`pool_states` (replicas that trained apart). `checks` refuses mistakes, `dtypes` says how precise statistics are,
-`exported` makes named tuples known to jax.export, and `xla` is what compilers need.
+`pool_states` (replicas that trained apart). `checks` refuses mistakes, `dtypes` says how precise
+statistics are, `exported` makes named tuples known to jax.export, and `xla` is what compilers need.
 """
