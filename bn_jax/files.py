@@ -47,7 +47,8 @@ def locked(path: Path, create: bool = False) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | create * os.O_CREAT, 0o600)
+    # A folder may be a link. A new file, in a place that others can write to, must not be theirs.
+    handle = os.open(path, os.O_RDONLY | create * (os.O_CREAT | os.O_NOFOLLOW), 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -71,7 +71,8 @@ def conform(
 
     - Says what is right, and names the known bug where something is wrong.
     - Whatever else it offers is tried too; .docs/conform.md says what that can be.
-    - Exits with 0 if nothing is wrong, 1 if something is, 2 if it cannot be run.
+    - Exits with 0 if nothing is wrong, 1 if something is or nothing could be tried,
+      2 if a target cannot be imported.
 
     Args:
         targets: What to try. An object has a function batch_norm. Importing the module runs it.

@@ -71,8 +71,9 @@ def summary(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
 
 
 def is_wrong(findings: Iterable[Finding]) -> bool:
-    """Whether anything is wrong; notes are not."""
-    return any(f.level == "wrong" for f in findings)
+    """Whether anything is wrong, or nothing could be tried; notes are not."""
+    levels = {f.level for f in findings}
+    return "wrong" in levels or levels <= {"not offered"}
 
 
 def table(name: str, findings: Sequence[Finding]) -> Table:

@@ -72,7 +72,7 @@ def section(folder: Path, claim: Claim, record: Mapping[str, Any]) -> dict[str, 
         vector = image(figure, "svg")
     write_whole(folder / "figures" / f"{claim.name}.svg", vector)
     write_whole(folder / "figures" / f"{claim.name}.png", image(figure, "png"))
-    quick = ["--quick"] if record["quick"] else []
+    options = ["--quick"] if record["quick"] else ["--seeds", str(record["seeds"])]
     return {
         "claim": claim,
         "record": record,
@@ -84,7 +84,7 @@ def section(folder: Path, claim: Claim, record: Mapping[str, Any]) -> dict[str, 
         "verdict": verdict(checks),
         "held": sum(c.outcome == "holds" for c in checks),
         "figure": embed(vector),
-        "command": shlex.join(["bn-jax", "reproduce", claim.name, *quick]),
+        "command": shlex.join(["bn-jax", "reproduce", claim.name, *options]),
     }
 
 

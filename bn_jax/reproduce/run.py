@@ -1,6 +1,7 @@
 """`bn-jax reproduce`: measure what has not been measured yet, and write the report."""
 
 import datetime
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -45,10 +46,10 @@ def reproduce_claims(
         console: where to show progress and the verdicts.
 
     Raises:
-        ValueError: a claim is unknown, or another process writes to the folder.
+        ValueError: a claim is unknown, the folder cannot be written to, or another process does.
     """
     wanted = check_names(names)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder / "records")
     with ExitStack() as lock:
         try:
             lock.enter_context(locked(folder))
@@ -67,6 +68,18 @@ def reproduce_claims(
         write_report(folder, claims, done)
     page = folder / "report.html"
     console.print(f"Report: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is missing, and try to write there: before what takes long."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written to ({error.strerror or error}); give permission, or "
+            "choose another --output-dir"
+        ) from error
 
 
 def check_names(names: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from bn_jax.train.processes import by_first, is_first
 from bn_jax.train.progress import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Changes when what is stored does."""
 
 Keep = Literal["newest", "best", "all"]
@@ -180,6 +180,12 @@ def read_newest(
             reason = f"{type(error).__name__}: {first_line(error)}"
             logger.warning("the checkpoint %s is damaged and passed over (%s)", path, reason)
             continue
+        other_version = CheckpointError(
+            f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
+            "this network otherwise; use that version, or train again"
+        )
+        if record["format"] != FORMAT:  # before its settings, which may be other ones
+            raise other_version
         if record["settings"] != settings:
             theirs = record["settings"]
             names = sorted(n for n in theirs | settings if theirs.get(n) != settings.get(n))
@@ -190,11 +196,8 @@ def read_newest(
         shapes, expected = (
             {name: (x.shape, x.dtype) for name, x in some.items()} for some in (arrays, like)
         )
-        if record["format"] != FORMAT or shapes != expected:
-            raise CheckpointError(
-                f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
-                "this network otherwise; use that version, or train again"
-            )
+        if shapes != expected:
+            raise other_version
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         return buffer.getvalue()

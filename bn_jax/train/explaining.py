@@ -24,8 +24,8 @@ EVALUATED = 60  # evaluation batches
 def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tuple[str, Report]]:
     """The report on each network with batch norm, under its name; then writes their picture.
 
-    Its statistics are compared with those of 200 training batches, as the run drew them, and of 60
-    batches of test images; and the test images are scored by each kind of statistics.
+    Its statistics are compared with those of 200 batches of training images, and of 60 batches
+    of test images; and the test images are scored by each kind of statistics.
 
     Args:
         folder: of a run.
@@ -39,7 +39,10 @@ def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tup
     if "batch" not in config.arms:
         raise ValueError(f"{folder.path} has no network with batch norm to explain")
     if config.axes:
-        raise ValueError(f"{folder.path} holds a grid of runs; explain one that is trained alone")
+        raise ValueError(
+            f"{folder.path} holds a grid of runs, or several averages; explain a run with one "
+            "value of each number"
+        )
     arm: Arm = "batch"
     data, trained = load_run(folder, config, data_dir)
     if arm not in trained:

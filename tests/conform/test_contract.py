@@ -66,6 +66,15 @@ def test_what_is_absent_is_not_offered():
     assert "0 wrong; 27 not offered" in report.score(findings)
 
 
+def test_where_nothing_is_offered_nothing_is_right():
+    def batch_norm(*_):
+        raise NotImplementedError
+
+    findings = judge.try_all(examine(batch_norm))
+    assert report.score(findings).startswith("0 of 0 checks right")
+    assert report.is_wrong(findings)
+
+
 def test_not_implemented_is_not_offered():
     def infer(*_):
         raise NotImplementedError("not yet")

@@ -1,12 +1,16 @@
 """`bn-jax reproduce`, as a process."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
+from rich.console import Console
 
+from bn_jax.reproduce import run
 from bn_jax.reproduce.claims import CLAIMS
 
 
@@ -34,6 +38,20 @@ def test_flags_that_mean_nothing_are_refused(tmp_path, flags, message):
     done = reproduce(*flags, folder=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    def full(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("it was measured"))
+    options = {"seeds": 2, "quick": True, "data_dir": None, "console": Console(quiet=True)}
+    with pytest.raises(ValueError, match=r"records cannot be written to \(Read-only"):
+        run.reproduce_claims(["weight-decay"], folder=tmp_path, **options)
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match=r"cannot be written to \(Not a directory"):
+        run.reproduce_claims(["weight-decay"], folder=tmp_path / "taken", **options)
 
 
 @pytest.mark.slow

@@ -92,6 +92,11 @@ def test_a_quick_run_says_on_every_page_that_it_is_no_evidence(report, tmp_path)
         assert (quick / page).read_text().count("not evidence") == len(NAMES)
         assert "evidence" not in (report / page).read_text()
     assert json.loads((quick / "results.json").read_text())["claims"]["figure-1"]["quick"]
+    assert "`bn-jax reproduce figure-1 --quick`, 5 seeds" in (quick / "report.md").read_text()
+
+
+def test_the_command_of_a_claim_gives_as_many_seeds(report):
+    assert "`bn-jax reproduce figure-1 --seeds 5`, 5 seeds" in (report / "report.md").read_text()
 
 
 def test_numbers_are_as_long_as_they_are_of_use():

@@ -89,7 +89,8 @@ def test_what_cannot_be_explained(tmp_path, main, capsys, runs):
         (
             "grid",
             {"over": ["decay=0.9,0.99"]},
-            "holds a grid of runs; explain one that is trained alone",
+            "holds a grid of runs, or several averages; explain a run with one value of each "
+            "number",
         ),
         ("empty", {}, "holds no sound checkpoint; train again"),
     ):

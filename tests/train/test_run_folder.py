@@ -106,7 +106,13 @@ def test_one_trains_in_a_folder_and_another_is_refused(tmp_path):
     message = rf"{tmp_path}: another process is training there; wait until it ends"
     with folder.locked(), pytest.raises(RunFolderError, match=message), folder.locked():
         raise AssertionError("both are in")
-    with folder.locked():  # it is free again
+    link = tmp_path.with_name(f"{tmp_path.name}-link")
+    link.symlink_to(tmp_path)
+    with folder.locked(), pytest.raises(RunFolderError), RunFolder(link).locked():
+        pass
+    with RunFolder(link).locked():  # it is free again
+        pass
+    with folder.locked():
         assert names(tmp_path) == []
     # Of the processes of one run, the first alone has the lock.
     with folder.locked(), RunFolder(tmp_path, writes=False).locked():
