@@ -22,6 +22,7 @@ STANDARD = {
     "subprocess",
     "sys",
     "tempfile",
+    "typing",
     "warnings",
 }
 
@@ -76,6 +77,17 @@ WRONG = {
         # What is not finite becomes 0, and is averaged.
         "lambda m, v, bm, bv, d: (d * m + (1 - d) * jnp.nan_to_num(bm, posinf=0),"
         " d * v + (1 - d) * jnp.nan_to_num(bv, posinf=0))",
+    ],
+    "07_training_loop": [
+        # As if the seeds were not the same.
+        "lambda a, b: (np.mean(a - b), np.hypot(half_width(a), half_width(b)))",
+        # The statistics keep what a bad step did.
+        "lambda state, rate: (lambda after, loss: (after._replace(params=jax.tree.map(lambda new,"
+        " old: jnp.where(jnp.isfinite(new).all(), new, old), after.params, state.params)), loss))("
+        "*step(state, rate))",
+        # The same order in each epoch.
+        "lambda key, number: lax.dynamic_slice(jax.random.permutation(key, len(images)),"
+        " (60 * (number % 1000),), (60,))",
     ],
 }
 
