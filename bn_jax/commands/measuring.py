@@ -8,7 +8,7 @@ import tyro
 
 from bn_jax import hints
 from bn_jax.commands import console
-from bn_jax.train.settings import unset
+from bn_jax.train.flags import unset
 
 
 def bench(

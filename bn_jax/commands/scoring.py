@@ -8,7 +8,7 @@ import tyro
 from rich.markup import escape
 
 from bn_jax.commands import console
-from bn_jax.train.settings import dashed, unset
+from bn_jax.train.flags import dashed, unset
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from rich.markup import escape
 from bn_jax import hints
 from bn_jax.commands import console
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.flags import unset
 from bn_jax.train.launch import ALONE, Launch
 from bn_jax.train.settings import (
     DataSettings,
@@ -19,7 +20,6 @@ from bn_jax.train.settings import (
     NormalizationSettings,
     OptimizerSettings,
     RunSettings,
-    unset,
 )
 
 

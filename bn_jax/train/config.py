@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from bn_jax.train.flags import check_fields, dashed, is_tuple, out_of_range
 from bn_jax.train.settings import (
     DataSettings,
     ModelSettings,
     NormalizationSettings,
     OptimizerSettings,
     RunSettings,
-    check_fields,
-    dashed,
-    is_tuple,
-    out_of_range,
 )
 
 Arm = Literal["batch", "none"]

@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 
 from bn_jax.files import locked
-from bn_jax.train.settings import POSITIVE, check_fields, unset
+from bn_jax.train.flags import POSITIVE, check_fields, unset
 
 HEARTBEAT = 30
 """Seconds of silence after which a process counts as gone, if its sockets do not tell at once."""
