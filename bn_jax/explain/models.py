@@ -1,5 +1,6 @@
 """`explain_linen` and `explain_nnx`: why a Flax model's evaluation disagrees with its training."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -84,8 +85,8 @@ def explain_linen(
         step, blank = partial(recalibrate_linen.step, forward, "pooled", variables), None
         for batch in batches:
             if blank is None:
-                # Not `step`, which is traced only once.
-                moments = partial(recalibrate_linen.moments_of, forward)
+                # Neither `step` nor a compiled forward, which are traced only once.
+                moments = partial(recalibrate_linen.moments_of, inspect.unwrap(forward))
                 with nn.intercept_methods(note):
                     jax.eval_shape(moments, variables, batch)
                 blank = zeros(jax.eval_shape(step, None, batch))

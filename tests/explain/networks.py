@@ -78,6 +78,8 @@ def forward(weights, x, epsilon=1e-5):
     return linear(last, x), seen
 
 
+@partial(jax.jit, static_argnums=0)
+@partial(jax.vmap, in_axes=(None, 0))
 def start(kind, seed):
     """Before the first step."""
     keys = jax.random.split(jax.random.key(seed), len(SHAPES[kind]))
@@ -117,7 +119,7 @@ def fit(trained, images, labels, rows, rates, numbers, epsilon, alive):
 
 def train(kind, seeds, images, labels, rows, rates, epsilon=1e-5, dead=()):
     """All seeds, after each part of the steps: [parts][seeds]."""
-    trained = jax.vmap(partial(start, kind))(jnp.asarray(seeds))
+    trained = start(kind, jnp.asarray(seeds))
     alive = np.ones(SHAPES[kind][0][-1], np.float32)
     alive[list(dead)] = 0
     parts = []

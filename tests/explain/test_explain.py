@@ -264,8 +264,10 @@ def test_each_layers_own_epsilon_is_read(lenient):
     report = explain_linen(forward, variables, HEALTHY[:, 0])
     assert report.findings[0].cause.name == "epsilon"
     assert explain_linen(forward, variables, HEALTHY[:, 0], epsilon=1e-5).findings == ()
-    report = explain_linen(forward, variables, HEALTHY[:, 0])  # now that forward is compiled
-    assert report.findings[0].cause.name == "epsilon"
+    compiled = jax.jit(forward)
+    for again in (forward, compiled, compiled):  # what was traced before is not traced again
+        report = explain_linen(again, variables, HEALTHY[:, 0])
+        assert report.findings[0].cause.name == "epsilon"
 
 
 class Wrapped(nn.Module):
