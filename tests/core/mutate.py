@@ -1164,6 +1164,13 @@ MUTATIONS = [
         "explain/explain",
     ),
     Mutation(
+        "class-pure batches of images are not measured against mixed ones",
+        "explain/compare.py",
+        "chance = data / batch_size if mixed is None else parts_of(mixed)[2]",
+        "chance = data / batch_size",
+        "explain/explain",
+    ),
+    Mutation(
         "a lag of means is taken for one batch",
         "explain/compare.py",
         "for value, of_batches in ((mean[live], batches.mean), (var[live], batches.var)):",

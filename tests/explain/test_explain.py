@@ -270,6 +270,37 @@ def test_each_layers_own_epsilon_is_read(lenient):
         assert report.findings[0].cause.name == "epsilon"
 
 
+@pytest.mark.parametrize("pure", [True, False])
+def test_pure_batches_of_images_are_found_by_mixing(pure, lenient):
+    """Pixels differ more than images, so by counting examples no batch looks pure."""
+    random = np.random.default_rng(0)
+    classes = np.arange(32) % 4 if pure else random.integers(0, 4, (32, 16))
+    levels = 0.3 * np.broadcast_to(classes.reshape(32, -1), (32, 16))
+    images = (random.normal(size=(32, 16, 5, 5, 3)) + levels[..., None, None, None]).astype("f4")
+    model = nnx.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    model(images.reshape(-1, 3))
+    report = explain_nnx(lambda model, x: model(x), model, images)
+    assert [finding.cause.name for finding in report.findings] == ["pure batches"] * pure
+    moments = [{"norm": bn.measure(x)} for x in images]
+    state = bn.population(moments, estimator="pooled")
+    assert explain(state, moments, batch_size=16).rows["norm"].purity < 3  # as it is documented
+
+
+def test_what_cannot_be_mixed_is_left():
+    from bn_jax.explain.models import mix
+
+    a, b = (
+        {"x": np.arange(6).reshape(3, 2), "y": np.arange(3)},
+        {"x": np.ones((3, 2)), "y": -np.ones(3)},
+    )
+    mixed = mix([a, b])
+    assert [sorted(part) for part in (mixed[0], mixed[1])] == [["x", "y"]] * 2
+    pairs = {(tuple(x), y) for part in mixed for x, y in zip(part["x"], part["y"], strict=True)}
+    assert pairs == {((0, 1), 0), ((2, 3), 1), ((4, 5), 2), ((1, 1), -1)}  # y goes with its x
+    assert mix([a]) == mix([a, {"x": np.ones((2, 2)), "y": np.ones(2)}]) == []
+    assert mix([{"x": np.ones(3), "key": np.ones(2)}] * 2) == mix([{"scalar": 1.0}] * 2) == []
+
+
 class Wrapped(nn.Module):
     norm: nn.Module
 
