@@ -1,7 +1,8 @@
-"""Checkpoints by orbax, each with a digest of what it holds, so that a flipped bit is noticed.
+"""Checkpoints by orbax, each with a digest of its content, so that a flipped bit is noticed.
 
-Orbax writes a checkpoint aside and renames it, so that what bears a number is whole. It holds the
-arrays of a `Progress` by name, and a record: the format, the run's settings and the digest.
+Orbax writes a checkpoint under another name and renames it, so that a folder whose name is a number
+is complete. It holds the arrays of a `Progress` by name, and a record: the format, the run's
+settings and the digest.
 """
 
 import hashlib

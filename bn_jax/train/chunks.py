@@ -1,7 +1,7 @@
-"""How many steps one compiled call takes: few enough to be interrupted and shown, for any network.
+"""How many steps one compiled call takes: few enough to stop a run, and to show how it goes.
 
-The sizes depend on the network and the kind of device alone, not on measured time: several
-processes must make the same calls, and a run must be the same tomorrow.
+The sizes depend on the network and on the kind of device, not on measured time: several processes
+must make the same calls, and a run that is repeated must give the same bytes.
 """
 
 import itertools

@@ -47,7 +47,7 @@ def progress_bars(console: Console) -> Iterator[Progress]:
 
 
 class StatusColumn(ProgressColumn):
-    """Loss and accuracy; in their place what is being done, where that takes over a second."""
+    """Loss and accuracy; or what is being done, if that takes more than a second."""
 
     def render(self, task: Task) -> Text:
         """The column's text; the task's field `activity` is (what, since when), or None."""
@@ -96,14 +96,14 @@ def cell(mean: float | None, half: float | None, form: str = ",.0f") -> str:
 
 
 def accuracy_cell(mean: float, half: float | None, diverged: int, config: TrainConfig) -> str:
-    """An accuracy of the table; of seeds that diverged it says how many did."""
+    """An accuracy for the table, with the number of seeds that diverged."""
     if diverged == config.seeds:
         return "diverged"
     return cell(mean, half, ".4f") + f"\n{diverged} of {config.seeds} diverged" * bool(diverged)
 
 
 def draw(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
-    """A line through the means of the points of each step, in the band of their intervals."""
+    """Plot the mean of the values of each step, with a band for their 95% interval."""
     values: dict[int, list[float]] = {}
     for step, value in points:
         values.setdefault(step, []).append(value)

@@ -105,7 +105,7 @@ def run_experiment(
         for e in evaluations
         if e.diverged
     ]
-    if diverged and not config.axes:  # to find out where is what a grid is for
+    if diverged and not config.axes:  # a grid is there to find out where training diverges
         raise Diverged(
             f"diverged: {' and '.join(diverged)}, after {config.max_bad_steps} steps in a row "
             "whose loss or gradients were not finite; the parameters from before these are kept. "
@@ -149,7 +149,7 @@ def run_and_write(
 def run_arms(
     config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
 ) -> dict[Arm, list[Evaluation]]:
-    """Train the arms in order, each under a live bar, from where they are."""
+    """Train the arms in order, each from its newest checkpoint and with a progress bar."""
     arms: dict[Arm, list[Evaluation]] = {}
     before = folder.read_metrics()
     with progress_bars(console) as bars, asked_to_stop() as status:
@@ -158,7 +158,7 @@ def run_arms(
         for arm in config.arms:
             bars.start_task(tasks[arm])
             resumed = load_progress(config, arm, data, folder)
-            # What came after the checkpoint comes again, to the bit.
+            # The steps after the checkpoint are repeated, with the same results.
             last = np.repeat(resumed.reported_until, config.decays).tolist() if resumed else []
             until = dict(zip(config.names, last, strict=bool(resumed)))
             arms[arm] = [e for e in before.get(arm, []) if e.step <= until.get(e.name, -1)]
@@ -198,7 +198,7 @@ def run_arm(
     resumed: Progress | None,
     status: Callable[[], int],
 ) -> Iterator[list[Evaluation]]:
-    """Train one arm, writing metrics, a line per seed, and checkpoints as they fall due."""
+    """Train one arm; write metrics at each evaluation, and checkpoints when they are due."""
     saved, grid = resumed.step if resumed else -1, config.grid
     settings = arm_settings(config, arm)
     events = folder.path / "tensorboard" / arm if config.tensorboard and is_first() else None

@@ -22,11 +22,11 @@ from bn_jax.train.step import TrainStep, make_train_step
 
 Activity = Literal["compiling", "training", "evaluating"]
 Watch = Callable[[Activity, int], None]
-"""Is told what begins now, and how many steps have been taken."""
+"""A callback: (what begins now, how many steps have been taken)."""
 
 
 class Evaluation(NamedTuple):
-    """What is known of one seed after the steps between two evaluations.
+    """What is known of one run after the steps between two evaluations.
 
     Attributes:
         step: steps taken so far.
@@ -74,14 +74,14 @@ def run_chunk(
 
     Args:
         train_step: takes one.
-        progress: to start from; of several seeds, each takes its own steps.
-        images: of all training examples, perhaps with a few more at the end that fill up the mesh.
+        progress: to start from; each of several runs takes its own steps.
+        images: of all training examples, perhaps padded to equal shards.
         labels: theirs.
         steps: how many.
         batch_size: of each.
         examples: how many of the images are some; None for all.
         sharding: over which each batch is spread.
-        take: what becomes of a step that is not finite.
+        take: how to take a step, and what to do if it is not finite.
     """
 
     def chunk(progress: Progress, images: Images, labels: Labels) -> tuple[Progress, Array]:
@@ -109,17 +109,16 @@ def train(
     watch: Watch = lambda *_: None,
     resumed: Progress | None = None,
 ) -> Iterator[tuple[Progress, list[Evaluation]]]:
-    """Train, and yield after each compiled call, from time to time with an evaluation per seed.
+    """Train, and yield after each compiled call; at evaluations, with one for each run and average.
 
-    The first is at step 0, the last at the end: after the last step, or where all have diverged.
-    A seed that has diverged is evaluated once more, and then left out. Of a grid, each combination
-    of values has all seeds.
+    The first evaluation is at step 0, the last after the last step, or when all runs have diverged.
+    A run that has diverged is evaluated once more, and then left out.
 
     Args:
         config: of the run.
         arm: of it.
         data: to train and to test on.
-        watch: is told what is done.
+        watch: a callback for what is done.
         resumed: to go on from; None starts.
 
     Raises:

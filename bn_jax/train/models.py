@@ -25,7 +25,7 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def normalize(x: Array, normalization: Normalization | None, train: bool) -> Array:
-    """X through a new normalization module of the calling module, or as it is without one."""
+    """Normalize x by a new submodule of the calling module; without a normalization, return x."""
     return x if normalization is None else normalization(use_running_average=not train)(x)
 
 

@@ -1,10 +1,10 @@
-"""A training state and how its steps went; a step that is not finite leaves no trace in it.
+"""A training state with the counts of its steps; a step that is not finite is undone.
 
     trusting   takes steps as they come, at no cost; `is_finite` tells afterwards if all were good
     careful    undoes a bad step, at the cost of another look at every parameter
 
-The loop trusts, and takes the steps of a compiled call again, carefully, where one was bad: values
-that are not finite stay in the parameters or the optimizer's state, so that none is overlooked.
+The loop trusts. If the state after a compiled call is not finite, the loop repeats the call with
+care. No bad step is missed, as its NaN or infinity stays in the parameters or the optimizer.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from bn_jax.train.step import TrainStep
 
 
 class Progress(NamedTuple):
-    """All that is needed to go on, and what is to be reported at the next evaluation.
+    """All that is needed to go on, and what the next evaluation will report.
 
     Where several seeds are trained at once, each array has a leading axis of them.
 
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
         return bool(np.any(self.bad) or np.any(self.in_a_row))
 
     def diverged(self, limit: int) -> np.ndarray:
-        """Which seeds have taken so many bad steps in a row, and take no more."""
+        """Which runs have taken so many bad steps in a row that they have ended."""
         return np.asarray(self.in_a_row) >= limit
 
     @property
@@ -80,9 +80,9 @@ def trusting(train_step: TrainStep, progress: Progress, images: Images, labels: 
 
 
 def careful(limit: int) -> Take:
-    """Take a step if it is finite, and pass over its batch if not; after limit in a row, stop.
+    """A `Take` that undoes a step that is not finite, and stops after `limit` of them in a row.
 
-    Parameters, statistics and the optimizer's state are undone together.
+    Parameters, statistics and the optimizer's state are undone together. Its batch is skipped.
     """
 
     def take(train_step: TrainStep, progress: Progress, images: Images, labels: Labels) -> Progress:

@@ -130,7 +130,7 @@ def in_chunks(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Examples in chunks of one size, as the activations of 10,000 images can be gigabytes.
 
-    Where examples are missing to equal chunks, a label is -1, which no network says.
+    The last chunk is padded. Padding has the label -1, which no prediction equals.
     """
     count = -(-len(images) // most)
     size = -(-len(images) // count)

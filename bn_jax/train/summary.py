@@ -31,10 +31,10 @@ def summarize_seed(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def summarize_arm(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The summary of one seed; or the means of several, each half an interval, and each seed's own.
+    """The summary of one seed; of several, their means, half of each 95% interval, and each seed.
 
-    Means are those of the seeds that have not diverged, if there are any. A mean of steps to a
-    level is given if all of these have reached it.
+    Seeds that have diverged are left out of the means, unless all have. The mean of steps to a
+    level is None unless every seed has reached it.
     """
     by_seed: dict[int, list[Evaluation]] = {}
     for evaluation in evaluations:
@@ -83,7 +83,7 @@ def estimate(values: Iterable[float | None]) -> tuple[float | None, float | None
 
 
 def summarize(arms: Mapping[Arm, Sequence[Evaluation]]) -> dict[str, Any]:
-    """Every arm, and for two of them how many times as many steps the plain network needs."""
+    """The summary of each arm; of two arms also the ratio of their steps to each level."""
     summary: dict[str, Any] = {"arms": {arm: summarize_arm(e) for arm, e in arms.items()}}
     if len(arms) == 2:
         with_bn, without = (summary["arms"][arm]["steps_to"] for arm in ("batch", "none"))

@@ -56,7 +56,7 @@ def to_json_lines(rows: Sequence[Row]) -> str:
 
 
 def grid_table(rows: Sequence[Row], config: TrainConfig) -> Table:
-    """Every combination's accuracy, an arm beside the other; the best of an arm is bold."""
+    """A table of accuracies, with a row per combination and a column per arm; the best are bold."""
     what = f"{config.dataset}, {config.model}: {config.steps:,} steps of {config.batch_size}"
     what += f", {config.seeds} seeds" if config.seeds > 1 else ""
     table = Table(*map(dashed, config.axes), title=f"Test accuracy on {what}", title_justify="left")
