@@ -67,7 +67,8 @@ def sweep(  # noqa: D417
 ) -> None:
     """Train with all combinations of some numbers, in one compiled program.
 
-    - Numbers are learning-rate, init-std, decay, epsilon and weight-decay, as in:
+    - Numbers are learning-rate, init-std, decay, epsilon, weight-decay, r-max and
+      d-max, as in:
       bn-jax sweep --over learning-rate=0.05,0.15,0.5 --seeds 5 --steps 5000
     - Shows progress, then a table of accuracies.
     - Leaves sweep.csv, sweep.jsonl, curves.png, metrics.jsonl, summary.json,

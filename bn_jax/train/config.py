@@ -18,7 +18,10 @@ from bn_jax.train.settings import (
 )
 
 Arm = Literal["batch", "none"]
-SWEPT = ("learning_rate", "init_std", "decay", "epsilon", "weight_decay")
+LIMITS = ("r_max", "d_max")
+"""The numbers of `renorm`; a grid may have several values of each."""
+
+SWEPT = ("learning_rate", "init_std", "decay", "epsilon", "weight_decay", *LIMITS)
 """Numbers that `--over` can sweep; beside the seed, these may differ within a compiled program."""
 
 USED_BY = {
@@ -133,7 +136,8 @@ class TrainConfig(
 
         Training does not read them, except with renorm, where each decay needs its own run.
         """
-        return 1 if self.renorm else len(self.axes.get("decay", "1"))
+        reads = self.renorm or {*LIMITS} & {*self.swept}
+        return 1 if reads else len(self.axes.get("decay", "1"))
 
     @property
     def grid(self) -> list[dict[str, float]]:
@@ -171,9 +175,24 @@ class TrainConfig(
     def with_values(self, values: Mapping[str, Any]) -> "TrainConfig":
         """A copy with other values, which may be traced and are not checked."""
         other = copy.copy(self)
+        limits = {name: getattr(self, name) for name in LIMITS}
+        if {*limits} & {*values}:
+            renorm = tuple(values.get(name, limit) for name, limit in limits.items())
+            values = {name: values[name] for name in values if name not in limits}
+            values |= {"renorm": renorm}
         for name, value in values.items():
             object.__setattr__(other, name, value)
         return other
+
+    @property
+    def r_max(self) -> float:
+        """The limit of renorm's scale; 1 corrects nothing."""
+        return self.renorm[0] if self.renorm else 1.0
+
+    @property
+    def d_max(self) -> float:
+        """The limit of renorm's shift; 0 corrects nothing."""
+        return self.renorm[1] if self.renorm else 0.0
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -208,7 +227,8 @@ class TrainConfig(
             reasons["decay"] = "--average cumulative, which weighs all steps alike"
         if self.norm == "none":
             fields = dataclasses.fields(NormalizationSettings)
-            reasons |= {field.name: "--norm none" for field in fields if field.name != "norm"}
+            names = {field.name for field in fields} | {*LIMITS}
+            reasons |= dict.fromkeys(names - {"norm"}, "--norm none")
         return reasons
 
     def to_json(self) -> str:

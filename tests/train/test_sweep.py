@@ -35,6 +35,7 @@ def calls(data, arm="batch", **options):
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 (("decay=0.5,0.99",), {"renorm": (3.0, 5.0), "micro_batches": 2}),
+                (("r-max=1,3", "d-max=0,5"), {}),
                 (("weight-decay=0,0.5", "learning-rate=0.1"), {"schedule": "cosine"}),
                 (("init-std=0.01,0.3", "decay=0.9"), {"optimizer": "adam"}),
             ]
