@@ -82,9 +82,9 @@ def sweep(  # noqa: D417
     if not over:
         raise ValueError("--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5")
     config = TrainConfig(**fields, over=over)
-    twice = dict.fromkeys(config.axes, "--over; its values come from there")
+    twice = dict.fromkeys(config.swept, "--over; its values come from there")
     hints.check_used(config.unused | twice, sys.argv[2:])
-    hints.check_used(config.unused, [f"--{axis}" for axis in config.axes])
+    hints.check_used(config.unused, [f"--{axis}" for axis in config.swept])
     start(config, launch, None)
 
 

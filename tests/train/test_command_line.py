@@ -152,6 +152,16 @@ def test_what_is_unused_is_what_changes_no_network(model, average):
     assert fields == {*CHANGED, "model", "norm", *hidden}
 
 
+def test_a_grid_of_runs_with_several_averages_each(main, monkeypatch):
+    started = []
+    monkeypatch.setattr("bn_jax.commands.training.start", lambda config, *_: started.append(config))
+    assert main("sweep", "--over", "learning-rate=1,2", "--decay", 0.5, 0.9) == 0
+    assert main("train", "--decay", 0.5, "--renorm", 3, 5) == 0
+    grid, run = started
+    assert (len(grid.runs), grid.decays) == (2, 2)
+    assert (run.decay, run.renorm) == (0.5, (3.0, 5.0))
+
+
 def test_what_an_older_run_recorded_is_read():
     """A run's folder has every setting, used or not."""
     config = TrainConfig.from_json('{"model": "tower", "activation": "tanh", "hidden": [9]}')
