@@ -183,9 +183,9 @@ def test_checkpoints_when_due_and_at_the_end(tmp_path, instant):
     saved = []
 
     class Recorder(experiment.Checkpoints):
-        def save(self, state):
+        def save(self, state, *score):
             saved.append(int(state.step))
-            super().save(state)
+            super().save(state, *score)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "Checkpoints", Recorder)
