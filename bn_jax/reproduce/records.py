@@ -17,6 +17,9 @@ PACKAGE = Path(bn_jax.__file__).parent
 MEASURING = ("core", "reproduce/network.py", "reproduce/training.py", "reproduce/study.py")
 MEASURING += ("train/batches.py", "train/step.py", "train/models.py", "train/convolution.py")
 
+NEEDED = {"seeds", "quick", "date", "seconds", "versions", "results"}
+"""What a record has beside its fingerprint."""
+
 
 def fingerprint(claim: Claim, seeds: int, quick: bool) -> str:
     """Of all that a claim's results depend on, but for the versions of libraries."""
@@ -35,7 +38,7 @@ def load(folder: Path, claim: Claim, seeds: int, quick: bool) -> dict[str, Any] 
     try:
         record = json.loads((folder / f"{claim.name}.json").read_text())
         valid = record["fingerprint"] == fingerprint(claim, seeds, quick)
-        return record if valid else None
+        return record if valid and record.keys() >= NEEDED else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
         return None
 

@@ -36,6 +36,14 @@ def test_a_damaged_one_does_not(tmp_path, change):
     assert records.load(tmp_path, CLAIM, 5, False) is None
 
 
+@pytest.mark.parametrize("lost", ["results", "versions", "seconds"])
+def test_one_that_lacks_something_does_not(tmp_path, lost):
+    record = save(tmp_path)
+    del record[lost]
+    (tmp_path / "weight-decay.json").write_text(json.dumps(record))
+    assert records.load(tmp_path, CLAIM, 5, False) is None
+
+
 @pytest.mark.parametrize("name", ["core/moments.py", "core/xla/sums.py", "reproduce/training.py"])
 def test_one_of_other_code_does_not(tmp_path, monkeypatch, name):
     """Of a copy of the package in which one file has one more line."""
