@@ -230,7 +230,8 @@ CAUSES = (
     Cause(
         "dead features",
         lambda row: row.dead > 0,
-        "features are constant over the training data: they carry nothing but bias",
+        "features are constant over the training data (dead units, or inputs that never change): "
+        "they carry nothing but bias",
         everywhere(
             "optimizer = optax.sgd(learning_rate / 10)  # they may also be pruned",
             "bn-jax train --learning-rate 0.05",

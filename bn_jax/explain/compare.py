@@ -81,10 +81,13 @@ class Comparison(NamedTuple):
         epsilon: the share of ε in σ² + ε of the data; 1 for a dead feature.
         variance: of the training data.
         excess: the logarithm of the running variance over the data's, with ε.
-        new: the running statistics are 0 and 1, or 0 and 0, as before the first batch.
+        new: the running statistics are 0 and 1, or 0 and 0 where that is wrong, as before the first
+            batch.
         finite: the running statistics are finite, and the variance is not negative.
         known: the training data have values and finite moments.
         dead: no variance beside that of the other features: below 10⁻⁸ of their median.
+        rare: so few batches show what the feature does that its statistics are known badly: a
+            noise above 2, as of an input that differs from 0 in one batch of five.
         exploding: a variance above 10⁸ times the median.
         young: the share of the past in the running statistics, if they are an average that started
             at 0 and 1 and has not forgotten it; else 0. One number for the layer.
@@ -103,6 +106,7 @@ class Comparison(NamedTuple):
     finite: Values
     known: Values
     dead: Values
+    rare: Values
     exploding: Values
     young: float
     likeness: Likeness
@@ -162,19 +166,21 @@ def compare(
     weight = training.number / np.maximum(training.number.sum(0), 1)
     steady = (weight * training.var).sum(0)
     unsteady = (weight * (training.var - steady) ** 2).sum(0)
+    noise = between / v + unsteady / v**2 / 2  # ½ t²/v² of variances that vary by t²
     return Comparison(
         change=np.sqrt((np.sqrt(v / w) - 1) ** 2 + moved / w),
         distance=divergence(moved, w, v),
-        noise=between / v + unsteady / v**2 / 2,  # ½ t²/v² of variances that vary by t²
+        noise=noise,
         purity=between / chance,
         shift=shift,
         epsilon=epsilon / v,
         variance=data,
         excess=np.log(w / v),
-        new=(mean == 0) & ((var == 1) | (var == 0)),
+        new=(mean == 0) & ((var == 1) | ((var == 0) & ~dead)),
         finite=finite,
         known=known,
         dead=dead,
+        rare=noise > 2,
         exploding=known & (data > 1e8 * usual) & (usual > 0),
         young=young(mean[live], w[live], center[live], v[live], 1 + epsilon),
         likeness=likeness(mean, var, training, live)._replace(momentum=momentum),

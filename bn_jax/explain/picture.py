@@ -70,7 +70,7 @@ def draw_layers(axes: "Axes", report: Report) -> None:
 def draw_layer(axes: "Axes", place: int, row: Row) -> None:
     """One line. What lies outside of the axis is at its end; special features have own marks."""
     features = row.of_features
-    usual = features.known & features.finite & ~features.dead
+    usual = features.known & features.finite & ~features.dead & ~features.rare
     change = np.clip(np.nan_to_num(features.change[usual], posinf=MOST), LEAST, MOST)
     # The golden ratio spreads dots evenly over the height of the line, the same in every picture.
     height = place + 0.6 * ((np.arange(len(change)) * 0.618) % 1 - 0.5)

@@ -25,7 +25,7 @@ class Row:
     Attributes:
         change: by how many standard deviations the layer's output changes, before scale and bias,
             where the running statistics take the place of the data's: the root mean square over
-            live features.
+            live features, without `rare` ones.
         distance: J of the running statistics and the training data.
         ratio: distance over noise.
         noise: what J a single batch's statistics would have: how much training differs from
@@ -172,9 +172,10 @@ def summarize(layer: Comparison) -> Row:
     def middle(values: np.ndarray) -> float:
         return float(np.median(values[live])) if live.any() else float("nan")
 
+    usual = live & ~layer.rare if (live & ~layer.rare).any() else live
     noise, distance = middle(layer.noise), middle(layer.distance)
     return Row(
-        change=float(np.sqrt(np.mean(layer.change[live] ** 2))) if live.any() else float("nan"),
+        change=float(np.sqrt(np.mean(layer.change[usual] ** 2))) if live.any() else float("nan"),
         distance=distance,
         ratio=distance / noise if noise > 0 else float("nan"),
         noise=noise,

@@ -286,6 +286,20 @@ def test_pure_batches_of_images_are_found_by_mixing(pure, lenient):
     assert explain(state, moments, batch_size=16).rows["norm"].purity < 3  # as it is documented
 
 
+def test_rare_features_do_not_make_a_lag():
+    """Pixels at the border: most never differ from 0, and some do in one image of thousands."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 32, 40)).astype(np.float32)
+    x[..., :25] = 0
+    x[random.integers(0, 100, 5), 3, np.arange(20, 25)] = 1  # long ago, for a running average
+    state = bn.BatchNormState(x[100:].mean((0, 1)), x[100:].var((0, 1)), np.full(40, 100))
+    moments = [{"norm": bn.Moments(b.mean(0), b.var(0), np.full(40, 32.0, np.float32))} for b in x]
+    report = explain({"norm": state}, moments, batch_size=32)
+    row = report.rows["norm"]
+    assert (row.dead, row.new, row.of_features.rare.sum()) == (20, 5, 5)
+    assert [finding.cause.name for finding in report.findings] == ["dead features"]
+
+
 def test_what_cannot_be_mixed_is_left():
     from bn_jax.explain.models import mix
 
