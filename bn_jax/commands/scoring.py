@@ -32,7 +32,7 @@ def evaluate(
         from rich.table import Table
 
         from bn_jax.train.display import TITLES, cell
-        from bn_jax.train.experiment import evaluate_run
+        from bn_jax.train.evaluation import evaluate_run
         from bn_jax.train.run_folder import RunFolder
 
         status.update("scoring the test set")

@@ -20,7 +20,7 @@ from bn_jax.reproduce.claim import Claim, verdict
 from bn_jax.reproduce.claims import CLAIMS
 from bn_jax.reproduce.report import write_report
 from bn_jax.reproduce.study import Study
-from bn_jax.train.experiment import versions
+from bn_jax.train.versions import versions
 
 QUICK_SEEDS = 2
 

@@ -1,48 +1,38 @@
-"""`bn-jax train` and `bn-jax evaluate`: the arms of an experiment, and what is left on disk."""
+"""`bn-jax train` and `bn-jax sweep`: the arms of an experiment, and what is left on disk."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import platform
 import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-import bn_jax
 from bn_jax.data import Dataset, load
-from bn_jax.train.checkpoint import CheckpointError, Checkpoints, load_newest, newest_checkpoint
+from bn_jax.train.checkpoint import Checkpoints
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.crash_reporter import describe_checkpoints
 from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
+from bn_jax.train.evaluation import PLACES, arm_settings, load_progress
 from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
 from bn_jax.train.processes import check_same, is_first
-from bn_jax.train.progress import Progress, begin
+from bn_jax.train.progress import Progress
 from bn_jax.train.run_folder import RunFolder, metrics_line
-from bn_jax.train.scoring import Statistics, make_score
 from bn_jax.train.sharding import make_sharding
-from bn_jax.train.state import init_runs
 from bn_jax.train.stopping import asked_to_stop
-from bn_jax.train.summary import estimate, summarize
+from bn_jax.train.summary import summarize
 from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
 from bn_jax.train.tensorboard import check_tensorboard, event_files
+from bn_jax.train.versions import machine, versions
 
 NO_LOSS = "  –   "  # as wide as one
 
-
-PLACES = ("data_dir", "run_dir", "device")
-"""Settings that may differ between the processes of a run, and when it goes on elsewhere."""
 
 SCHEMA = 1
 """Of `summary.json` and `metrics.jsonl`; changes when a field is renamed, dropped or redefined."""
@@ -224,110 +214,3 @@ def run_arm(
                 where = f"at step {progress.step:,} {TITLES[arm]}"
                 again = shlex.join(["bn-jax", "train", "--resume", str(folder.path)])
                 raise Interrupted(f"stopped {where}; to go on: {again}", stop)
-
-
-def load_progress(
-    config: TrainConfig, arm: Arm, data: Dataset, folder: RunFolder, step: int | None = None
-) -> Progress | None:
-    """How far an arm has come, by its newest sound checkpoint, or that of a step; None without."""
-    like = jax.eval_shape(lambda: begin(init_runs(config, arm, data.test_images[:2])))
-    return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm), step)
-
-
-def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
-    """What makes a checkpoint that of an arm of a run, wherever it is."""
-    fields = json.loads(config.to_json())
-    return {k: v for k, v in fields.items() if k not in PLACES} | {"arm": arm}
-
-
-def evaluate_run(
-    folder: RunFolder,
-    data_dir: Path | None = None,
-    statistics: Statistics | None = None,
-    step: int | None = None,
-) -> list[dict[str, Any]]:
-    """The test accuracy of each arm's newest sound checkpoint, and of each combination of a grid.
-
-    An arm without a checkpoint, as in a run that was stopped early, is left out.
-
-    Args:
-        folder: of a run.
-        data_dir: where the data set is, if no longer where the run had it.
-        statistics: what batch norms normalize by; None for what the run was evaluated by.
-        step: of the checkpoints; None for the newest.
-
-    Raises:
-        RunFolderError, CheckpointError, DataError: what is missing or damaged.
-    """
-    config = folder.read_config()
-    data, trained = load_run(folder, config, data_dir, step)
-    one = config.with_values({"statistics": statistics or config.statistics})
-    rows: list[dict[str, Any]] = []
-    for arm, progress in trained.items():
-        scores = make_score(one, arm, data)(progress.state).ravel().tolist()
-        for number, values in enumerate(config.grid):
-            known = zip(config.names, scores, strict=True)
-            seeds = [score for (cell, _), score in known if cell == number]
-            mean, half = estimate(seeds)
-            row = {"arm": arm, **values, "step": progress.step, "test_accuracy": mean}
-            rows.append(row | ({"plus_or_minus": half, "seeds": seeds} if len(seeds) > 1 else {}))
-    return rows
-
-
-def load_run(
-    folder: RunFolder,
-    config: TrainConfig,
-    data_dir: Path | None = None,
-    step: int | None = None,
-) -> tuple[Dataset, dict[Arm, Progress]]:
-    """The data set of a run, and how far each arm has come that has a sound checkpoint.
-
-    Raises:
-        RunFolderError, CheckpointError, DataError: as `evaluate_run`.
-    """
-    found = "" if step is None else f" of step {step:,}"
-    nothing = CheckpointError(f"{folder.path} holds no sound checkpoint{found}; train again")
-    if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
-        raise nothing
-    data = load(config.dataset, data_dir=data_dir or config.data_dir)
-    trained: dict[Arm, Progress] = {}
-    for arm in config.arms:
-        if progress := load_progress(config, arm, data, folder, step):
-            trained[arm] = progress
-    if not trained:
-        raise nothing
-    return data, trained
-
-
-def versions() -> dict[str, Any]:
-    """The versions and hardware that a result belongs to."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {
-        "bn-jax": bn_jax.__version__,
-        "commit": commit(),
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "device": machine(),
-        "cores": os.cpu_count(),
-    }
-
-
-def commit() -> str | None:
-    """The commit that this package is a checkout of, with + if it was changed; None elsewhere."""
-    git = ["git", "-C", str(Path(bn_jax.__file__).parent)]
-    # A package that is installed inside of somebody's repository is none of its files.
-    mine = [*git, "ls-files", "--error-unmatch", "__init__.py"]
-    name = [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        texts = [
-            subprocess.check_output(c, text=True, stderr=subprocess.DEVNULL) for c in (mine, name)
-        ]
-        return texts[-1].strip()
-    return None
-
-
-def machine() -> str:
-    """The device in words, and JAX's version."""
-    (device,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
-    kind = "" if device.device_kind.lower() == device.platform else f" ({device.device_kind})"
-    return f"{device.platform.upper()}{kind}, jax {jax.__version__}"

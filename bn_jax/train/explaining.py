@@ -12,7 +12,7 @@ from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError
 from bn_jax.train.config import Arm
 from bn_jax.train.display import TITLES
-from bn_jax.train.experiment import load_run
+from bn_jax.train.evaluation import load_run
 from bn_jax.train.run_folder import RunFolder, RunFolderError
 from bn_jax.train.scoring import BATCHES, inputs, make_score, training_mode
 from bn_jax.train.state import members

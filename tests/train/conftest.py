@@ -61,7 +61,8 @@ def images():
 @pytest.fixture
 def on_digits(digits, monkeypatch, lenient):
     """In this process, experiments read `digits` instead of MNIST."""
-    monkeypatch.setattr("bn_jax.train.experiment.load", lambda *_, **__: digits)
+    for module in ("experiment", "evaluation"):
+        monkeypatch.setattr(f"bn_jax.train.{module}.load", lambda *_, **__: digits)
     return digits
 
 

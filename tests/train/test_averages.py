@@ -7,7 +7,7 @@ import pytest
 
 from bn_jax.train.build import build_model
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.experiment import evaluate_run
+from bn_jax.train.evaluation import evaluate_run
 from bn_jax.train.loop import train
 from bn_jax.train.run_folder import RunFolder
 from bn_jax.train.state import init_runs, init_state

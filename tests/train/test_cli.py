@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.experiment import commit
+from bn_jax.train.versions import commit
 
 STEPS, EVERY = 1000, 250
 TRAINING = Path(__file__).parents[2] / ".docs" / "training.md"

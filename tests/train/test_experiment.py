@@ -13,11 +13,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from bn_jax.train import experiment
+from bn_jax.train import evaluation, experiment
 from bn_jax.train.checkpoint import CheckpointError, newest_checkpoint
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import progress_bars
-from bn_jax.train.experiment import Interrupted, evaluate_run, run_experiment
+from bn_jax.train.evaluation import evaluate_run
+from bn_jax.train.experiment import Interrupted, run_experiment
 from bn_jax.train.loop import Evaluation
 from bn_jax.train.progress import begin
 from bn_jax.train.run_folder import RunFolder, RunFolderError
@@ -397,7 +398,7 @@ def test_evaluation_reads_the_data_where_it_is_told(tmp_path, monkeypatch, insta
     folder = run(tmp_path / "run", norm="none", data_dir=tmp_path)
     asked = []
     monkeypatch.setattr(
-        experiment, "load", lambda *_, data_dir: asked.append(data_dir) or on_digits
+        evaluation, "load", lambda *_, data_dir: asked.append(data_dir) or on_digits
     )
     evaluate_run(folder)
     evaluate_run(folder, tmp_path / "elsewhere")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bn_jax.train.checkpoint import Checkpoints
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.experiment import arm_settings
+from bn_jax.train.evaluation import arm_settings
 from bn_jax.train.progress import begin
 from bn_jax.train.run_folder import RunFolder
 from bn_jax.train.state import init_runs
@@ -40,7 +40,7 @@ def runs(tmp_path_factory, digits):
 
     path = tmp_path_factory.mktemp("runs") / "a run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bn_jax.train.experiment.load", lambda *_, **__: digits)
+        patch.setattr("bn_jax.train.evaluation.load", lambda *_, **__: digits)
         return make_run(path, digits.test_images[:2], stale, seeds=2)
 
 

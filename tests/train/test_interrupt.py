@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bn_jax.train.experiment import evaluate_run
+from bn_jax.train.evaluation import evaluate_run
 from bn_jax.train.run_folder import RunFolder
 from bn_jax.train.stopping import asked_to_stop
 from tests.train.conftest import heeding_interrupts

@@ -20,7 +20,7 @@ from bn_jax.data import load
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.crash_reporter import MARK, UNMET, report
 from bn_jax.train.device import split_cpu
-from bn_jax.train.experiment import evaluate_run, load_progress
+from bn_jax.train.evaluation import evaluate_run, load_progress
 from bn_jax.train.loop import train
 from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder

@@ -12,7 +12,8 @@ from bn_jax.train import loop, state, step
 from bn_jax.train.batches import batch_indices
 from bn_jax.train.build import build_optimizer
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.experiment import Diverged, evaluate_run, run_experiment
+from bn_jax.train.evaluation import evaluate_run
+from bn_jax.train.experiment import Diverged, run_experiment
 from bn_jax.train.loop import run_chunk, train
 from bn_jax.train.progress import begin, careful, is_finite, trusting
 from bn_jax.train.run_folder import RunFolder

@@ -12,7 +12,8 @@ from PIL import Image
 from bn_jax.train import loop
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import plot_curves
-from bn_jax.train.experiment import Diverged, Interrupted, evaluate_run, run_experiment
+from bn_jax.train.evaluation import evaluate_run
+from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.loop import Evaluation, train
 from bn_jax.train.summary import estimate, summarize
 from tests.train.test_experiment import quiet, records

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bn_jax.train.experiment import evaluate_run
+from bn_jax.train.evaluation import evaluate_run
 from bn_jax.train.run_folder import RunFolder
 from tests.train.test_experiment import records
 
