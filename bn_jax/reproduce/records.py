@@ -15,7 +15,13 @@ from bn_jax.reproduce.claim import Claim, Results
 
 PACKAGE = Path(bn_jax.__file__).parent
 MEASURING = ("core", "reproduce/network.py", "reproduce/training.py", "reproduce/study.py")
-MEASURING += ("train/batches.py", "train/step.py", "train/models.py", "train/convolution.py")
+MEASURING += (
+    "train/batches.py",
+    "train/step.py",
+    "train/models.py",
+    "train/convolution.py",
+    "layers",
+)
 
 NEEDED = {"seeds", "quick", "date", "seconds", "versions", "results"}
 """What a record has beside its fingerprint."""
