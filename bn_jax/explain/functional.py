@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from bn_jax.core.population import include
 from bn_jax.core.state import BatchNormState
 from bn_jax.explain.causes import Api, Cause
-from bn_jax.explain.compare import Batches, compare, gather
+from bn_jax.explain.compare import compare, gather
+from bn_jax.explain.likeness import Batches
 from bn_jax.explain.report import Report, judge, summarize
 
 

@@ -17,15 +17,15 @@ from jax.typing import ArrayLike
 from bn_jax.core.recalibrate import zeros
 from bn_jax.core.state import BatchNormState
 from bn_jax.explain.causes import TRAIN_FLAG, Api
-from bn_jax.explain.compare import Batches
 from bn_jax.explain.functional import gathered, report
 from bn_jax.explain.independence import assert_independent
+from bn_jax.explain.likeness import Batches
+from bn_jax.explain.mixing import in_groups, mix
 from bn_jax.explain.report import Report
 from bn_jax.inference import recalibrate_linen, recalibrate_nnx
 from bn_jax.layers.graph_mode import graph_mode
 
 EXAMPLES = 8  # of a batch, for the train flag: 6 derivatives
-TOGETHER = 16  # batches that are mixed at a time, and held in memory
 
 
 def explain_linen(
@@ -225,33 +225,6 @@ def explained(
         api=api,
         first=TRAIN_FLAG if evaluate and depends(evaluate, first[0]) else None,
     )
-
-
-def in_groups(batches: Iterable[Any]) -> Iterator[list[Any]]:
-    """The batches, some at a time."""
-    batches = iter(batches)
-    while group := list(itertools.islice(batches, TOGETHER)):
-        yield group
-
-
-def mix(group: list[Any]) -> list[Any]:
-    """The examples of some batches at random in other batches; none where that cannot be done.
-
-    That is, of a single batch, or where arrays are of different lengths.
-    """
-    leaves = [jax.tree.leaves(batch) for batch in group]
-    lengths = {np.shape(leaf)[:1] for batch in leaves for leaf in batch}
-    if len(group) == 1 or len(lengths) > 1 or () in lengths:
-        return []
-    ((size,),) = lengths
-    order = np.random.default_rng(0).permutation(size * len(group))
-
-    def deal(*of_batches: Any) -> list[Any]:
-        return np.split(np.concatenate(of_batches)[order], len(group))
-
-    dealt = [deal(*of_batches) for of_batches in zip(*leaves, strict=True)]
-    tree = jax.tree.structure(group[0])
-    return [jax.tree.unflatten(tree, batch) for batch in zip(*dealt, strict=True)]
 
 
 def depends(evaluate: Callable[[Any], Any], batch: Any) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bn_jax.explain.causes import CAUSES, Api, Cause
-from bn_jax.explain.compare import Comparison, Likeness
+from bn_jax.explain.compare import Comparison
+from bn_jax.explain.likeness import Likeness
 
 NUMBERS = ("change", "distance", "noise", "purity", "shift", "epsilon")
 COUNTS = ("dead", "exploding", "new", "broken", "unknown")

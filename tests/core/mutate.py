@@ -1172,7 +1172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a lag of means is taken for one batch",
-        "explain/compare.py",
+        "explain/likeness.py",
         "for value, of_batches in ((mean[live], batches.mean), (var[live], batches.var)):",
         "for value, of_batches in ((mean[live], batches.mean),):",
         "explain/explain",

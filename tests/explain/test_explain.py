@@ -301,7 +301,7 @@ def test_rare_features_do_not_make_a_lag():
 
 
 def test_what_cannot_be_mixed_is_left():
-    from bn_jax.explain.models import mix
+    from bn_jax.explain.mixing import mix
 
     a, b = (
         {"x": np.arange(6).reshape(3, 2), "y": np.arange(3)},
