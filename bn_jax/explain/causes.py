@@ -60,14 +60,17 @@ def of_one_batch(rows: Sequence[Any]) -> bool:
     """Whether the running statistics of all layers look like those of one batch (`Likeness`).
 
     Where layers say that their momentum is small, that is enough. Else (it may be another now than
-    in training) the squares of both kinds have to be about 1 per direction; a quarter to two leaves
+    in training) the squares of both kinds have to be about 1 per direction; a quarter to 2.5 leaves
     room for chance, for a momentum of 0.1, and for deviations known from few batches only.
     """
     likes = [row.likeness for row in rows]
-    directions = sum(like.directions for like in likes) or 1
-    squares = (sum(like.means for like in likes), sum(like.variances for like in likes))
+    weights = [like.directions / max(sum(like.directions for like in likes), 1) for like in likes]
+    squares = (
+        sum(w * like.means for w, like in zip(weights, likes, strict=True)),
+        sum(w * like.variances for w, like in zip(weights, likes, strict=True)),
+    )
     stated = all(like.momentum is not None and like.momentum < 0.5 for like in likes)
-    typical = all(1 / 4 < s / directions < 2 for s in squares)
+    typical = all(1 / 4 < square < 2.5 for square in squares)
     return all(like.fits for like in likes) and (stated or typical)
 
 

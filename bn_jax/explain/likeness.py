@@ -32,10 +32,11 @@ class Likeness(NamedTuple):
             which is as wide as features are few or alike. It is widened by a half downwards, as an
             inverted momentum may keep some of the past (0.1: the mean square falls to .82), and by
             two upwards, as the last batch was seen by the weights of one step before.
-        means: the sum of squares of the error of the means along the directions in which batches
-            differ most, each in standard deviations: 1 each in expectation.
+        means: the mean square of the error of the means along the directions in which batches
+            differ most, each in standard deviations: 1 in expectation.
         variances: the same of the variances.
-        directions: how many; a quarter of the batches at most, so that their deviations are known.
+        directions: how many for the means; a quarter of the batches at most, so that their
+            deviations are known.
         momentum: the layer's own weight of the past, if it is known.
     """
 
@@ -52,7 +53,7 @@ def likeness(mean: Values, var: Values, training: Batches, live: Values) -> Like
     batches = Batches(*(part[:, live] for part in training))
     if len(batches.mean) < 10 or not live.any() or (batches.number <= 0).any():
         return nothing
-    fits, squares, kept = True, list[float](), 0
+    fits, squares, numbers = True, list[float](), list[int]()
     for value, of_batches in ((mean[live], batches.mean), (var[live], batches.var)):
         middle, deviation = of_batches.mean(0), of_batches.std(0, ddof=1)
         steady = deviation > 0
@@ -66,5 +67,6 @@ def likeness(mean: Values, var: Values, training: Batches, live: Values) -> Like
         _, sizes, directions = np.linalg.svd(errors[1:], full_matrices=False)
         kept = min(len(sizes), len(others) // 4, int((sizes > SAME * sizes[0]).sum()))
         along = abs(directions[:kept].conj() @ errors[0]) ** 2 / sizes[:kept] ** 2
-        squares.append(float(along.sum()) * (len(others) - 1))
-    return Likeness(fits, squares[0], squares[1], kept)
+        squares.append(float(along.mean()) * (len(others) - 1))
+        numbers.append(kept)
+    return Likeness(fits, squares[0], squares[1], numbers[0])
