@@ -80,15 +80,15 @@ def make_score(
     def population(state: TrainState, batches: Images) -> Any:
         model, variables = network(state)
 
-        def see(seen: Any, images: Array) -> tuple[Any, None]:
-            inputs = binarize(images, config.binarization, jax.random.key(0))
-            return include(
-                seen, observed(training_mode(model), variables, inputs)[1], "pooled"
-            ), None
+        def see(seen: Any, batch: tuple[Array, Array]) -> tuple[Any, None]:
+            key, images = batch
+            inputs = binarize(images, config.binarization, key)
+            moments = observed(training_mode(model), variables, inputs)[1]
+            return include(seen, moments, "pooled"), None
 
-        batches = jnp.asarray(batches)
-        nothing = zeros(jax.eval_shape(lambda: see(None, batches[0])[0]))
-        seen = conclude(lax.scan(see, nothing, batches)[0], "pooled")
+        keys = jax.random.split(jax.random.key(0), len(batches))
+        nothing = zeros(jax.eval_shape(lambda: see(None, (keys[0], batches[0]))[0]))
+        seen = conclude(lax.scan(see, nothing, (keys, jnp.asarray(batches)))[0], "pooled")
         return jax.tree.map(
             lambda layer, new: known_or_old(BatchNormState(**layer), new)._asdict(),
             *(state.batch_stats, unflatten_dict(seen)),
@@ -121,8 +121,9 @@ def evaluation_mode(model: nn.Module) -> Callable[[Any, Array], Array]:
 
 def inputs(images: np.ndarray, batch_size: int, binarization: str) -> Iterator[Array]:
     """Images in batches of about one size, so that none is a single image, as inputs."""
-    for batch in np.array_split(images, max(len(images) // batch_size, 1)):
-        yield binarize(batch, binarization, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), max(len(images) // batch_size, 1))
+    for key, batch in zip(keys, np.array_split(images, len(keys)), strict=True):
+        yield binarize(batch, binarization, key)
 
 
 def in_chunks(

@@ -3,12 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from bn_jax.train import scoring
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import train
-from bn_jax.train.scoring import make_score
+from bn_jax.train.scoring import inputs, make_score
 from bn_jax.train.state import init_state
+from bn_jax.train.step import binarize
 
 CONFIG = TrainConfig(hidden=(16,), batch_size=20, steps=60, evaluate_every=60, learning_rate=1.0)
 
@@ -40,3 +44,28 @@ def test_statistics_that_were_lost_are_to_blame(trained, digits, lenient):
 def test_without_batch_norm_all_are_one(digits, lenient):
     state = init_state(CONFIG, "none", digits.train_images[:2])
     assert len(set(scores(state, digits, "none").values())) == 1
+
+
+def test_each_batch_has_its_own_stochastic_input(digits, lenient, monkeypatch):
+    """Of the same grey images; otherwise many batches would say no more than one."""
+    grey = np.full((40, 28, 28), 128, np.uint8)
+    one, other = inputs(grey, 20, "stochastic")
+    assert 0.45 < jnp.mean(one != other) < 0.55
+    seen = []
+    config = dataclasses.replace(CONFIG, binarization="stochastic", statistics="population")
+    state = init_state(config, "batch", grey[:2])
+
+    def recorded(images, how, key):
+        jax.debug.callback(lambda key: seen.append(tuple(key.tolist())), jax.random.key_data(key))
+        return binarize(images, how, key)
+
+    monkeypatch.setattr(scoring, "binarize", recorded)
+    make_score(
+        config,
+        "batch",
+        digits._replace(
+            train_images=grey, test_images=grey[:1], test_labels=digits.test_labels[:1]
+        ),
+    )(state)
+    jax.effects_barrier()
+    assert len(set(seen)) == 3  # of two batches, and of the test images
