@@ -86,6 +86,18 @@ def test_a_seed_is_the_same_with_and_without_batch_norm():
     assert without.params.affine[0].scale is None
 
 
+def test_runs_are_all_combinations_with_seeds_innermost():
+    some = begin(NETWORK.make, 2, init_std=(0.1, 0.2, 0.4), learning_rate=RATES)
+    found = zip(
+        *(some.values[name].tolist() for name in ("init_std", "learning_rate")), strict=True
+    )
+    wanted = [(std, rate) for std in (0.1, 0.2, 0.4) for rate in RATES for _ in range(2)]
+    np.testing.assert_allclose(list(found), wanted, rtol=1e-6)
+    spread = some.params.kernels[0].std((1, 2))
+    np.testing.assert_allclose(spread, [std for std, _ in wanted], rtol=0.1)  # of 4,704 numbers
+    assert (some.key == begin(NETWORK.make, 2, learning_rate=0.1).key[jnp.array([0, 1] * 6)]).all()
+
+
 def test_measurements_come_at_whole_intervals():
     options = {"rows": shuffled(8, 40), "measure": look}
     with pytest.raises(ValueError, match="every=4 must divide steps=6"):

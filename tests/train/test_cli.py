@@ -1,16 +1,20 @@
 """The command line as a user has it: real processes, on the real MNIST."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bn_jax.commands.console import quiet_orbax
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.versions import commit
 
@@ -197,3 +201,17 @@ def test_the_commit_is_this_packages(tmp_path, monkeypatch):
     assert re.fullmatch(r"[0-9a-f]{40}", commit())
     (package / "__init__.py").write_text("changed")
     assert re.fullmatch(r"[0-9a-f]{40}\+", commit())
+
+
+def test_late_writes_on_a_full_disk_print_nothing(monkeypatch):
+    """And whatever else Python has to ignore is still reported."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    monkeypatch.setattr(logging.getLogger("absl"), "setLevel", lambda _: None)
+    quiet_orbax()
+    late, other = (
+        SimpleNamespace(exc_value=RuntimeError(e)) for e in ("Event loop is closed", "x")
+    )
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert reported == [other]
