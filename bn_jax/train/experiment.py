@@ -172,7 +172,8 @@ def run_arms(
 
             if arms[arm]:
                 show(arms[arm][-len(config.names) :])
-            for evaluations in run_arm(config, arm, data, folder, watch, resumed, status):
+            latest = {e.name: e.test_accuracy for e in arms[arm]}
+            for evaluations in run_arm(config, arm, data, folder, watch, resumed, status, latest):
                 arms[arm] += evaluations
                 show(evaluations)
             bars.update(tasks[arm], completed=arms[arm][-1].step, activity=None)
@@ -187,8 +188,13 @@ def run_arm(
     watch: Watch,
     resumed: Progress | None,
     status: Callable[[], int],
+    latest: dict[tuple[int, int], float],
 ) -> Iterator[list[Evaluation]]:
-    """Train one arm; write metrics at each evaluation, and checkpoints when they are due."""
+    """Train one arm; write metrics at each evaluation, and checkpoints when they are due.
+
+    A checkpoint's score is the mean accuracy of all its networks: of each its latest, which for one
+    that has diverged is from before.
+    """
     saved, grid = resumed.step if resumed else -1, config.grid
     settings = arm_settings(config, arm)
     events = folder.path / "tensorboard" / arm if config.tensorboard and is_first() else None
@@ -200,6 +206,7 @@ def run_arm(
             if evaluations:
                 lines = [metrics_line(arm, e, grid[e.cell]) for e in evaluations]
                 folder.append("metrics.jsonl", "".join(lines))
+                latest |= {e.name: e.test_accuracy for e in evaluations}
                 write(evaluations)
                 yield evaluations
             stop = status()
@@ -207,8 +214,8 @@ def run_arm(
             over = diverged or progress.step == config.steps
             due = evaluations and progress.step >= max(saved, 0) + config.checkpoint_every
             if due or over or stop:
-                scores = [evaluation.test_accuracy for evaluation in evaluations]
-                checkpoints.save(progress, statistics.fmean(scores) if scores else None)
+                score = statistics.fmean(latest.values()) if evaluations else None
+                checkpoints.save(progress, score)
                 saved = progress.step
             if stop:
                 where = f"at step {progress.step:,} {TITLES[arm]}"

@@ -30,7 +30,8 @@ class Progress(NamedTuple):
         loss: sum of the losses of the good steps since the last evaluation.
         good: how many steps that were.
         bad: how many had a loss, a gradient or a parameter that is not finite.
-        in_a_row: bad steps since the last good one, evaluations or not.
+        in_a_row: bad steps since the last good one, evaluations or not; without those that made the
+            loss scale of float16 smaller, as the next step may then be good.
     """
 
     state: TrainState
@@ -87,13 +88,12 @@ def careful(limit: int) -> Take:
 
     def take(train_step: TrainStep, progress: Progress, images: Images, labels: Labels) -> Progress:
         taken = trusting(train_step, progress, images, labels)
+        before, after = progress.state.loss_scale, taken.state.loss_scale
+        answered = before is not None and after is not None and after.scale < before.scale
         undone = progress._replace(
-            state=progress.state._replace(
-                step=taken.state.step,
-                loss_scale=taken.state.loss_scale,  # which is smaller then
-            ),
+            state=progress.state._replace(step=taken.state.step, loss_scale=after),
             bad=progress.bad + 1,
-            in_a_row=progress.in_a_row + 1,
+            in_a_row=progress.in_a_row + jnp.where(answered, 0, 1),
         )
         taken = taken._replace(in_a_row=jnp.zeros_like(progress.in_a_row))
         going = progress.in_a_row < limit

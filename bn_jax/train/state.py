@@ -26,8 +26,8 @@ from bn_jax.train.config import Arm, TrainConfig
 Images = UInt8[Array | np.ndarray, "batch height width"]
 Labels = Int[Array | np.ndarray, " batch"]
 
-LOSS_SCALE = 2.0**16
-"""To begin with in float16: the largest that may do; what is too large is halved step by step."""
+LOSS_SCALE, LEAST_SCALE = 2.0**16, 1.0
+"""To begin with in float16, and at least: a scale that makes a step overflow is halved."""
 
 
 class TrainState(NamedTuple):
@@ -61,7 +61,8 @@ def init_state(config: TrainConfig, arm: Arm, images: Images) -> TrainState:
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     scale = None
     if config.precision == "float16":
-        scale = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(LOSS_SCALE))
+        start = {"fin_steps": jnp.int32(0), "scale": jnp.float32(LOSS_SCALE)}
+        scale = DynamicScale(**start, minimum_scale=LEAST_SCALE)
     opt_state = build_optimizer(config).init(params)
     return TrainState(params, batch_stats, opt_state, jnp.int32(0), run_key, scale)
 

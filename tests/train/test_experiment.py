@@ -18,7 +18,7 @@ from bn_jax.train.checkpoint import CheckpointError, newest_checkpoint
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.display import progress_bars
 from bn_jax.train.evaluation import evaluate_run
-from bn_jax.train.experiment import Interrupted, run_experiment
+from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.loop import Evaluation
 from bn_jax.train.progress import begin
 from bn_jax.train.run_folder import RunFolder, RunFolderError
@@ -194,6 +194,43 @@ def test_checkpoints_when_due_and_at_the_end(tmp_path, instant):
     assert saved == [6, 12, 15]
     folder = tmp_path / "run" / "checkpoints" / "none"
     assert sorted(path.name for path in folder.iterdir()) == ["12", "15"]
+
+
+def test_the_best_checkpoint_has_the_best_networks(tmp_path, monkeypatch):
+    """It does not look better for the bad seed that has diverged; nor in a run that goes on."""
+    scores, stop = {}, []
+
+    def train(config, arm, data, watch, resumed):
+        start = begin(init_runs(config, arm, data.train_images[:2]))
+        for step in range(resumed.step + 2 if resumed else 0, 7, 2):
+            if step == 6 and stop:
+                raise KeyboardInterrupt
+            state = start.state._replace(step=jnp.array([step, min(step, 2)], jnp.int32))
+            seeds = (0, 1) if step <= 2 else (0,)
+            yield (
+                start._replace(state=state),
+                [
+                    Evaluation(step, 1.0, [0.5, 0.1][s], 60.0, diverged=s * step == 2, seed=s)
+                    for s in seeds
+                ],
+            )
+
+    class Recorder(experiment.Checkpoints):
+        def save(self, progress, score):
+            scores[progress.step] = score
+            super().save(progress, score)
+
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(experiment, "Checkpoints", Recorder)
+    config = TrainConfig(run_dir=tmp_path / "run", **TINY | {"seeds": 2, "norm": "none"})
+    config = dataclasses.replace(config, steps=6, keep="best")
+    stop.append(True)
+    with pytest.raises(Interrupted):
+        run_experiment(config, quiet())
+    stop.clear()
+    with pytest.raises(Diverged):
+        run_experiment(config, quiet(), resume=tmp_path / "run")
+    assert scores == pytest.approx({2: 0.3, 4: 0.3, 6: 0.3})
 
 
 def test_the_plot(tmp_path, instant):

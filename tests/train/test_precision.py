@@ -105,6 +105,26 @@ def test_a_step_that_overflows_is_undone_and_halves_the_scale(options, digits):
             np.testing.assert_array_equal(a, b)
 
 
+def test_an_overflow_that_a_smaller_scale_answers_ends_nothing(digits):
+    """Of more overflows in a row than bad steps may be. Weights beyond float16 are no such case."""
+    config, arm = parts(precision="float16")
+    images, labels = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels, jnp.int32)
+    start = overflowing(config, arm, images, 2.0**24)
+    step, options = make_train_step(config, arm), {"batch_size": 20, "take": careful(2)}
+    got, _ = run_chunk(step, begin(start), images, labels, steps=20, **options)
+    assert got.bad > 2
+    assert got.good + got.bad == 20
+    assert not got.diverged(2)
+    scale = start.loss_scale.replace(scale=jnp.float32(2.0**6))
+    start = start._replace(params=jax.tree.map(lambda leaf: leaf + 1e6, start.params))
+    got, _ = run_chunk(
+        step, begin(start._replace(loss_scale=scale)), images, labels, steps=20, **options
+    )
+    # Six halvings lead to the least scale, of 1; two more bad steps are a divergence.
+    assert (got.state.loss_scale.scale, got.bad, got.step) == (1, 8, 8)
+    assert got.diverged(2)
+
+
 @pytest.mark.slow
 def test_the_scale_grows_again(digits):
     """Flax doubles it after a number of good steps, here 4."""
