@@ -16,6 +16,7 @@ from bn_jax.files import write_whole
 from bn_jax.reproduce.claim import Check, Claim, verdict
 from bn_jax.reproduce.intervals import Interval
 from bn_jax.reproduce.overview import draw_overview
+from bn_jax.reproduce.records import finite
 
 SCHEMA = 1
 """Of results.json; changes when a field is renamed, dropped or redefined."""
@@ -143,7 +144,8 @@ def to_json(
         claim.name: {key: records[claim.name][key] for key in ("date", "seconds", "versions")}
         for claim in claims
     }
-    return json.dumps({"schema": SCHEMA, "claims": results, "runs": runs}) + "\n"
+    page = {"schema": SCHEMA, "claims": results, "runs": runs}
+    return json.dumps(finite(page), allow_nan=False) + "\n"
 
 
 def check_to_json(check: Check) -> dict[str, Any]:

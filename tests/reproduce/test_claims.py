@@ -161,6 +161,22 @@ def test_the_opposite_does_not(name):
     assert sum(check.outcome == "holds" for check in checks) <= len(checks) / 2
 
 
+def lost(results):
+    """The results as runs leave them whose numbers, but for accuracies, are no longer finite."""
+    if isinstance(results, dict):
+        kept = {"step", "accuracy"}  # an accuracy is always a number
+        return {k: v if k in kept else lost(v) for k, v in results.items()}
+    return [lost(some) for some in results] if isinstance(results, list) else None
+
+
+@pytest.mark.parametrize("name", ["figure-1", "weight-decay", "covariate-shift"])
+def test_a_run_that_diverged_holds_nothing_up_and_is_drawn(name):
+    results = lost(PUBLISHED[name])
+    checks = CLAIMS[name].judge(results)
+    assert "does not hold" in [check.outcome for check in checks]
+    CLAIMS[name].draw(results, Figure())
+
+
 @pytest.mark.parametrize("name", CLAIMS)
 def test_results_are_drawn_with_named_axes(name):
     figure = Figure()

@@ -20,7 +20,7 @@ def test_a_record_comes_back(tmp_path):
     saved = save(tmp_path)
     assert records.load(tmp_path, CLAIM, 5, False) == saved
     assert saved["results"] == {"a": [0.1]}
-    assert [path.name for path in tmp_path.iterdir()] == ["weight-decay.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["weight-decay-5-seeds.json"]
 
 
 @pytest.mark.parametrize(("seeds", "quick"), [(6, False), (5, True)])
@@ -32,7 +32,7 @@ def test_one_of_other_conditions_does_not(tmp_path, seeds, quick):
 @pytest.mark.parametrize("change", [b"", b"{", b"[]", b'{"fingerprint": 1}', b"\xff"])
 def test_a_damaged_one_does_not(tmp_path, change):
     save(tmp_path)
-    (tmp_path / "weight-decay.json").write_bytes(change)
+    (tmp_path / "weight-decay-5-seeds.json").write_bytes(change)
     assert records.load(tmp_path, CLAIM, 5, False) is None
 
 
@@ -40,13 +40,13 @@ def test_a_damaged_one_does_not(tmp_path, change):
 def test_one_that_lacks_something_does_not(tmp_path, lost):
     record = save(tmp_path)
     del record[lost]
-    (tmp_path / "weight-decay.json").write_text(json.dumps(record))
+    (tmp_path / "weight-decay-5-seeds.json").write_text(json.dumps(record))
     assert records.load(tmp_path, CLAIM, 5, False) is None
 
 
-@pytest.mark.parametrize("name", ["core/moments.py", "core/xla/sums.py", "reproduce/training.py"])
-def test_one_of_other_code_does_not(tmp_path, monkeypatch, name):
-    """Of a copy of the package in which one file has one more line."""
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package's part that records depend on."""
     package = tmp_path / "package"
     for part in records.MEASURING:
         source = records.PACKAGE / part
@@ -55,11 +55,53 @@ def test_one_of_other_code_does_not(tmp_path, monkeypatch, name):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     monkeypatch.setattr(records, "PACKAGE", package)
+    return package
+
+
+@pytest.mark.parametrize("name", ["core/moments.py", "core/xla/sums.py", "reproduce/training.py"])
+def test_one_of_other_code_does_not(tmp_path, package, name):
     save(tmp_path)
+    with (package / name).open("a") as stream:
+        stream.write('\n# A comment.\n"""A docstring."""\n')
     assert records.load(tmp_path, CLAIM, 5, False)
     with (package / name).open("a") as stream:
-        stream.write("\n# changed\n")
+        stream.write("\nCHANGED = 1\n")
     assert records.load(tmp_path, CLAIM, 5, False) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "again"),
+    [
+        ("RATE, DECAY, STEPS = 0.1", "RATE, DECAY, STEPS = 0.2", True),
+        ("jnp.abs(one - other).max()", "jnp.abs(one - other).min()", True),
+        ("worst[0.0] <= 1e-6", "worst[0.0] <= 1e-7", False),
+        ('yscale="log"', 'yscale="linear"', False),
+        ("An exact equivalence", "Exact", False),
+    ],
+)
+def test_a_claims_texts_its_judge_and_its_figure_may_change(old, new, again):
+    """They need no new measurement; its numbers and what measures do."""
+    source = records.Path(CLAIM.measure.__code__.co_filename).read_text()
+    assert source.count(old) == 1
+    later = frozenset({"judge", "draw", "claim"})
+    prints = [records.code(text.encode(), later) for text in (source, source.replace(old, new))]
+    assert (prints[0] != prints[1]) == again
+
+
+def test_records_of_other_seeds_stay(tmp_path):
+    save(tmp_path)
+    records.save(tmp_path, CLAIM, 3, False, {}, ABOUT)
+    assert records.load(tmp_path, CLAIM, 5, False)
+    assert records.load(tmp_path, CLAIM, 3, False)
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    found = {"a": [0.5, float("nan")], "b": {"c": [[float("inf")]]}}
+    record = records.save(tmp_path, CLAIM, 5, False, found, ABOUT)
+    assert record["results"] == {"a": [0.5, None], "b": {"c": [[None]]}}
+    text = (tmp_path / "weight-decay-5-seeds.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
 
 
 def test_each_claim_depends_on_its_own_file():
@@ -71,5 +113,5 @@ def test_each_claim_depends_on_its_own_file():
 
 def test_a_record_is_json_that_others_can_read(tmp_path):
     save(tmp_path)
-    record = json.loads((tmp_path / "weight-decay.json").read_text())
+    record = json.loads((tmp_path / "weight-decay-5-seeds.json").read_text())
     assert record["claim"] == "weight-decay"

@@ -59,7 +59,8 @@ def measure(study: Study) -> Results:
 def judge(results: Results) -> list[Check]:
     """What the explanation predicts: better accuracy by less shift."""
     final = {arm: results[arm]["accuracy"][-1] for arm in ARMS}
-    shift = {arm: np.median(results[arm]["change"][1:], axis=0).tolist() for arm in ARMS}
+    changes = {arm: np.array(results[arm]["change"][1:], float) for arm in ARMS}
+    shift = {arm: np.median(change, axis=0).tolist() for arm, change in changes.items()}
     return [
         above(
             "with batch norm, accuracy after 10,000 steps is higher",

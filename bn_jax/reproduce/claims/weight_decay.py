@@ -1,7 +1,6 @@
 """Claim 8: weight decay is an exponential learning rate (Li & Arora 2020)."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +75,7 @@ def differences(epsilon: float, key: Array, images: Array, labels: Array) -> np.
 
 def judge(results: Results) -> list[Check]:
     """Exact without ε, and not with it."""
-    worst = {e: max(itertools.chain(*results[f"{e:g}"])) for e in EPSILONS}
+    worst = {e: float(np.max(np.array(results[f"{e:g}"], float))) for e in EPSILONS}
     return [
         true(f"ε = 0: logits agree to 10⁻⁶ for {STEPS} steps", worst[0.0], worst[0.0] <= 1e-6),
         true("ε = 10⁻²: they differ by more than 10⁻³", worst[1e-2], worst[1e-2] > 1e-3),
@@ -88,7 +87,7 @@ def draw(results: Results, figure: Figure) -> None:
     figure.set_size_inches(6, 3.6)
     axes = figure.subplots()
     for epsilon, style in zip(EPSILONS, STYLES.values(), strict=False):
-        worst = np.max(results[f"{epsilon:g}"], axis=0)
+        worst = np.max(np.array(results[f"{epsilon:g}"], float), axis=0)
         options: Any = style | {"marker": None}
         axes.plot(worst, label=f"ε = {epsilon:g}", **options)
     finish(axes, "step", "largest difference of the logits", yscale="log")
