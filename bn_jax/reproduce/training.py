@@ -69,7 +69,8 @@ def begin(
         params, states = make(init_key, values)
         return Run(params, states, key, jnp.zeros((), jnp.int32), values)
 
-    return jax.jit(jax.vmap(one))(jnp.asarray(grids[-1], jnp.int32), numbers)
+    # Not compiled as a whole: what it is made of is compiled once for all methods of all claims.
+    return jax.vmap(one)(jnp.asarray(grids[-1], jnp.int32), numbers)
 
 
 def shuffled(batch_size: int, examples: int) -> Rows:
@@ -125,7 +126,8 @@ def train(
             def body(run: Run, rows: Array) -> tuple[Run, Array]:
                 return step(run, (data.images[rows], data.labels[rows]))
 
-            run, losses = lax.scan(body, run, rows(run.key, run.step, every), unroll=2)
+            unroll = 2 if every > 10 else 1  # a few steps are run sooner than they are compiled
+            run, losses = lax.scan(body, run, rows(run.key, run.step, every), unroll=unroll)
             return run, losses.mean()
 
         return together(one)(runs)

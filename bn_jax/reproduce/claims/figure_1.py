@@ -17,11 +17,16 @@ from bn_jax.reproduce.study import Study
 from bn_jax.reproduce.training import Data, Run, begin
 from bn_jax.train.step import binarize
 
-INIT_STD, LEARNING_RATE, BINARIZATION = 0.03, 0.3, "stochastic"
-"""Found by `bn-jax sweep` over init-std 0.03, 0.05, 0.1 and learning-rate 0.15, 0.3, 0.5, with one
-seed, for either binarization. By the root mean square difference of log(1 - accuracy) from the
-paper's curves, from 4,000 steps on, of both networks together, these are the closest with .221, but
-for stochastic, 0.05, 0.15 with .208, which misses the band of batch norm at 4,000 steps (.937)."""
+INIT_STD, LEARNING_RATE, BINARIZATION = 0.025, 0.3, "stochastic"
+"""Found by two searches. First `bn-jax sweep` over init-std 0.03, 0.05, 0.1 and learning-rate 0.15,
+0.3, 0.5, with one seed and either binarization: stochastic at 0.03, 0.3 came the closest to the
+paper's curves of those within the bands of accuracy. Then this claim's own protocol over init-std
+0.015, 0.02, 0.025 and learning-rate 0.3, 0.35, with three seeds that are not the claim's: all are
+within the bands of accuracy but for 0.015, 0.3 (without batch norm first at .90 after 10,800).
+The ratio of the steps to .95 is 4.2, 3.1, 3.2 at the rate 0.3 and 3.9, 2.9, 2.9 at 0.35; the root
+mean square difference of log(1 - accuracy) from the paper's curves is .30, .22, .17 and .21, .14,
+.11. Of those with a ratio of 3 or more, this is the closest. With batch norm, the median input to
+the sigmoid strays by .65 to .93 in all six, out of its band."""
 ARMS = {"with": bn.batch_norm, "without": plain}
 LABELS = {"with": "with batch norm", "without": "without"}
 PERCENTILES = (15, 50, 85)
