@@ -65,7 +65,7 @@ def explain(
     """
     console.quiet_orbax()
     with console.stdout.status("loading JAX") as status:
-        from bn_jax.train.explaining import PICTURE, explain_run
+        from bn_jax.train.evaluation import PICTURE, explain_run
         from bn_jax.train.run_folder import RunFolder
 
         status.update("comparing statistics")

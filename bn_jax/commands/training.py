@@ -13,6 +13,7 @@ from bn_jax import hints
 from bn_jax.commands import console
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.flags import unset
+from bn_jax.train.grid import read_axes
 from bn_jax.train.launch import ALONE, Launch
 from bn_jax.train.settings import (
     DataSettings,
@@ -82,9 +83,10 @@ def sweep(  # noqa: D417
     if not over:
         raise ValueError("--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5")
     config = TrainConfig(**fields, over=over)
-    twice = dict.fromkeys(config.swept, "--over; its values come from there")
+    swept = read_axes(over)
+    twice = dict.fromkeys(swept, "--over; its values come from there")
     hints.check_used(config.unused | twice, sys.argv[2:])
-    hints.check_used(config.unused, [f"--{axis}" for axis in config.swept])
+    hints.check_used(config.unused, [f"--{name}" for name in swept])
     start(config, launch, None)
 
 

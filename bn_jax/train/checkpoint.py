@@ -187,9 +187,9 @@ def read_newest(
         )
         if record["format"] != FORMAT:  # before its settings, which may be other ones
             raise other_version
-        if record["settings"] != settings:
-            theirs = record["settings"]
-            names = sorted(n for n in theirs | settings if theirs.get(n) != settings.get(n))
+        theirs = record["settings"]  # without settings newer than the run, which ours has as None
+        names = sorted(n for n in theirs | settings if theirs.get(n) != settings.get(n))
+        if names:
             raise CheckpointError(
                 f"the checkpoint {path} is of a run with other settings than config.json has "
                 f"({', '.join(names)}); put back the run's own files, or train again"

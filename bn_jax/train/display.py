@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,15 +26,16 @@ from rich.table import Table
 from rich.text import Text
 
 from bn_jax.train.config import Arm, TrainConfig
-from bn_jax.train.loop import Evaluation
-from bn_jax.train.summary import LEVELS, estimate
+from bn_jax.train.flags import dashed
+from bn_jax.train.loop import Activity, Evaluation
+from bn_jax.train.summary import FINAL, LEVELS, Row, diverged_seeds, estimate
 
 TITLES: dict[Arm, str] = {"batch": "with batch norm", "none": "without"}
 COLORS: dict[Arm, str] = {"batch": "tab:blue", "none": "tab:orange"}
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Progress]:
+def progress_bars(console: Console, config: TrainConfig) -> Iterator[dict[Arm, "Bar"]]:
     """A live bar per arm: step, loss and test accuracy or what is being done, time left."""
     with Progress(
         TextColumn("{task.description:>15}"),
@@ -43,7 +45,38 @@ def progress_bars(console: Console) -> Iterator[Progress]:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     ) as progress:
-        yield progress
+        yield {arm: Bar(progress, TITLES[arm], config.steps) for arm in config.arms}
+
+
+class Bar:
+    """The bar of one arm."""
+
+    def __init__(self, progress: Progress, title: str, steps: int) -> None:
+        self.progress = progress
+        self.fields = {
+            "activity": None,
+            "loss": "  –   ",
+            "accuracy": "  –  ",
+        }  # as wide as figures
+        self.task = progress.add_task(title, start=False, total=steps, **self.fields)
+
+    def start(self) -> None:
+        """Begin to measure time."""
+        self.progress.start_task(self.task)
+
+    def watch(self, activity: Activity | None, step: int) -> None:
+        """Show what is being done after how many steps, or that all is over."""
+        since = activity and (activity, time.monotonic())
+        self.progress.update(self.task, completed=step, activity=since)
+
+    def show(self, evaluations: Sequence[Evaluation]) -> None:
+        """Show the medians of the newest evaluations."""
+        accuracy = statistics.median(e.test_accuracy for e in evaluations)
+        fields: dict[str, Any] = {"accuracy": f"{accuracy:.4f}"}
+        if evaluations[0].step:  # before the first there is no loss
+            loss = statistics.median(e.train_loss for e in evaluations)
+            fields["loss"] = f"{loss:.4f}" if loss < 100 else f"{loss:.0e} "
+        self.progress.update(self.task, **fields)
 
 
 class StatusColumn(ProgressColumn):
@@ -59,32 +92,51 @@ class StatusColumn(ProgressColumn):
         return Text(known)
 
 
-def comparison_table(summary: dict[str, Any], config: TrainConfig) -> Table:
+def describe(config: TrainConfig) -> str:
+    """What was trained, in a few words."""
+    return f"{config.dataset}, {config.model}: {config.steps:,} steps of {config.batch_size}" + (
+        f", {config.seeds} seeds: mean ± 95% interval" if config.seeds > 1 else ""
+    )
+
+
+def comparison_table(summary: Row, config: TrainConfig) -> Table:
     """The arms side by side."""
-    what = f"{config.dataset}, {config.model}: {config.steps:,} steps of {config.batch_size}"
-    if config.seeds > 1:
-        what += f", {config.seeds} seeds: mean ± 95% interval"
-    table = Table(title=f"Test accuracy on {what}", title_justify="left")
+    table = Table(title=f"Test accuracy on {describe(config)}", title_justify="left")
     table.add_column("", no_wrap=True)
     any_bad = any(row["bad_steps"] for row in summary["arms"].values())
     levels = [f"steps to {level:.2f}" for level in LEVELS]
-    headings = ["accuracy", *["bad steps"] * any_bad, *levels, "steps/s"]
-    for heading in headings:
+    for heading in ("accuracy", *["bad steps"] * any_bad, *levels, "steps/s"):
         table.add_column(heading, justify="right", min_width=8)
     for arm, row in summary["arms"].items():
-        half = row.get("plus_or_minus", {"final_test_accuracy": None, "steps_to": {}})
+        half = row.get("plus_or_minus", {FINAL: None, "steps_to": {}})
+        accuracy = accuracy_cell(row[FINAL], half[FINAL], diverged_seeds(row), config)
+        bad = [f"{row['bad_steps']:,}"] * any_bad
         steps = [cell(n, half["steps_to"].get(level)) for level, n in row["steps_to"].items()]
         rate = row["examples_per_second"]
         speed = f"{rate / config.batch_size:,.0f}" if rate else "–"
-        lost = sum(seed["diverged"] for seed in row.get("seeds", {"": row}).values())
-        final = row["final_test_accuracy"], half["final_test_accuracy"]
-        accuracy = accuracy_cell(*final, lost, config)
-        bad = [f"{row['bad_steps']:,}"] if any_bad else []
         table.add_row(TITLES[arm], accuracy, *bad, *steps, speed)
-    ratios = summary.get("steps_without_over_with")
-    if ratios:
-        ratio = [f"{r:.1f}×" if r else "–" for r in ratios.values()]
-        table.add_row("without ÷ with", "", *[""] * any_bad, *ratio, "", style="dim")
+    if ratios := summary.get("steps_without_over_with"):
+        shown = [f"{ratio:.1f}×" if ratio else "–" for ratio in ratios.values()]
+        table.add_row("without ÷ with", "", *[""] * any_bad, *shown, "", style="dim")
+    return table
+
+
+def grid_table(rows: Sequence[Row], config: TrainConfig) -> Table:
+    """A row per combination with the accuracy of each arm; the best are bold."""
+    title = f"Test accuracy on {describe(config)}"
+    table = Table(*map(dashed, config.axes), title=title, title_justify="left")
+    columns = [[row for row in rows if row["arm"] == arm] for arm in config.arms]
+    best = {arm: max(row[FINAL] for row in rows if row["arm"] == arm) for arm in config.arms}
+    for arm in config.arms:
+        table.add_column(TITLES[arm], justify="right")
+
+    def text(row: Row) -> str:
+        half = row[f"{FINAL}_plus_or_minus"]
+        shown = accuracy_cell(row[FINAL], half, row["diverged"], config)
+        return f"[bold]{shown}[/bold]" if row[FINAL] == best[row["arm"]] else shown
+
+    for same in zip(*columns, strict=True):
+        table.add_row(*(f"{same[0][name]:g}" for name in config.axes), *map(text, same))
     return table
 
 
@@ -102,29 +154,15 @@ def accuracy_cell(mean: float, half: float | None, diverged: int, config: TrainC
     return cell(mean, half, ".4f") + f"\n{diverged} of {config.seeds} diverged" * bool(diverged)
 
 
-def draw(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
-    """Plot the mean of the values of each step, with a band for their 95% interval."""
-    values: dict[int, list[float]] = {}
-    for step, value in points:
-        values.setdefault(step, []).append(value)
-    steps, estimates = list(values), [estimate(some) for some in values.values()]
-    means = np.array([mean for mean, _ in estimates], float)
-    halves = np.array([half or 0 for _, half in estimates])
-    axes.plot(steps, means, color=color, label=label)
-    if halves.any():
-        low, high = means - halves, means + halves
-        axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
-
-
 def plot_curves(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> bytes:
     """Test accuracy and training loss over steps, as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for arm, evaluations in arms.items():
         style = {"label": TITLES[arm], "color": COLORS[arm]}
-        draw(accuracy, [(e.step, e.test_accuracy) for e in evaluations if not e.diverged], **style)
-        losses = [(e.step, e.train_loss) for e in evaluations if e.step and not e.diverged]
-        draw(loss, losses, **style)
+        sound = [e for e in evaluations if not e.diverged]
+        draw(accuracy, [(e.step, e.test_accuracy) for e in sound], **style)
+        draw(loss, [(e.step, e.train_loss) for e in sound if e.step], **style)
     if config.is_papers:
         text = resources.files("bn_jax.train").joinpath("figure_1a.json").read_text()
         for arm in arms:
@@ -135,19 +173,51 @@ def plot_curves(arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -
     # As in the paper's Figure 1(a): the interesting part is near the top.
     accuracy.set(xlabel="step", ylabel="test accuracy", ylim=(0.7 if max(finals) > 0.9 else 0, 1))
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
-    for axes in (accuracy, loss):
+    title = f"{config.dataset}, {config.model}, {config.optimizer} at {config.learning_rate:g}, "
+    title += f"batches of {config.batch_size}"
+    title += f"; mean of {config.seeds} seeds, 95% interval" if config.seeds > 1 else ""
+    return to_png(figure, title)
+
+
+def draw(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
+    """Plot the mean of the values of each step, with a band for their 95% interval."""
+    values: dict[int, list[float]] = {}
+    for step, value in points:
+        values.setdefault(step, []).append(value)
+    estimates = [estimate(some) for some in values.values()]
+    means = np.array([mean for mean, _ in estimates], float)
+    halves = np.array([half or 0 for _, half in estimates])
+    axes.plot(list(values), means, color=color, label=label)
+    if halves.any():
+        band = means - halves, means + halves
+        axes.fill_between(list(values), *band, color=color, alpha=0.25, linewidth=0)
+
+
+def plot_grid(rows: Sequence[Row], config: TrainConfig) -> bytes:
+    """A panel per axis: the final accuracy at each value, with the best of the other values."""
+    figure = Figure(figsize=(5 * len(config.axes), 4), layout="constrained")
+    panels = figure.subplots(1, len(config.axes), squeeze=False)[0]
+    for axes, (name, values) in zip(panels, config.axes.items(), strict=True):
+        for arm in config.arms:
+            ascending = sorted(rows, key=lambda row: row[FINAL])
+            best = {row[name]: row for row in ascending if row["arm"] == arm}
+            shown = [best[value] for value in sorted(values)]
+            halves = [row[f"{FINAL}_plus_or_minus"] or 0 for row in shown]
+            style: Any = {"color": COLORS[arm], "label": TITLES[arm], "marker": "o", "capsize": 3}
+            axes.errorbar(sorted(values), [row[FINAL] for row in shown], halves, **style)
+        axes.set(xlabel=dashed(name), ylabel="test accuracy at the end")
+        if min(values) > 0:
+            axes.set_xscale("log")
+    note = "" if len(config.axes) == 1 else "; each at the best of the other values"
+    return to_png(figure, f"{config.dataset}, {config.model}, {config.steps:,} steps{note}")
+
+
+def to_png(figure: Figure, title: str) -> bytes:
+    """A figure of labelled lines, with grid, legends and title, as the content of a file."""
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(
-        f"{config.dataset}, {config.model}, {config.optimizer} at {config.learning_rate:g}, "
-        f"batches of {config.batch_size}"
-        + (f"; mean of {config.seeds} seeds, 95% interval" if config.seeds > 1 else "")
-    )
-    return png(figure)
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as the content of a file."""
+    figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

@@ -1,22 +1,39 @@
-"""`bn-jax evaluate`: the networks of a run, loaded from its checkpoints and scored."""
+"""`bn-jax evaluate` and `bn-jax explain`: the networks of a run, loaded from its checkpoints."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bn_jax.data import Dataset, load
+from bn_jax.explain.models import explain_linen
+from bn_jax.explain.picture import draw, to_png
+from bn_jax.explain.report import Report
+from bn_jax.files import write_whole
+from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
+from bn_jax.train.display import TITLES
 from bn_jax.train.progress import Progress, begin
-from bn_jax.train.run_folder import RunFolder
-from bn_jax.train.scoring import Statistics, make_score
-from bn_jax.train.state import init_runs
+from bn_jax.train.run_folder import RunFolder, RunFolderError
+from bn_jax.train.scoring import BATCHES, Statistics, inputs, make_score, training_mode
+from bn_jax.train.state import init_runs, members
 from bn_jax.train.summary import estimate
 
 PLACES = ("data_dir", "run_dir", "device")
 """Settings that may differ between the processes of a run, and when it goes on elsewhere."""
+
+PICTURE = "explain.png"
+EVALUATED = 60  # batches of test images, by which networks are explained
+
+
+def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
+    """What makes a checkpoint that of an arm of a run, wherever it is."""
+    fields = json.loads(config.to_json())
+    return {k: v for k, v in fields.items() if k not in PLACES} | {"arm": arm}
 
 
 def load_progress(
@@ -27,10 +44,24 @@ def load_progress(
     return load_newest(folder.checkpoints(arm), like, arm_settings(config, arm), step)
 
 
-def arm_settings(config: TrainConfig, arm: Arm) -> dict[str, Any]:
-    """What makes a checkpoint that of an arm of a run, wherever it is."""
-    fields = json.loads(config.to_json())
-    return {k: v for k, v in fields.items() if k not in PLACES} | {"arm": arm}
+def load_run(
+    folder: RunFolder, config: TrainConfig, data_dir: Path | None = None, step: int | None = None
+) -> tuple[Dataset, dict[Arm, Progress]]:
+    """The data set of a run, and how far each arm has come that has a sound checkpoint.
+
+    Raises:
+        RunFolderError, CheckpointError, DataError: what is missing or damaged.
+    """
+    trained: dict[Arm, Progress] = {}
+    if any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
+        data = load(config.dataset, data_dir=data_dir or config.data_dir)
+        for arm in config.arms:
+            if progress := load_progress(config, arm, data, folder, step):
+                trained[arm] = progress
+        if trained:
+            return data, trained
+    found = "" if step is None else f" of step {step:,}"
+    raise CheckpointError(f"{folder.path} holds no sound checkpoint{found}; train again")
 
 
 def evaluate_run(
@@ -67,26 +98,49 @@ def evaluate_run(
     return rows
 
 
-def load_run(
-    folder: RunFolder,
-    config: TrainConfig,
-    data_dir: Path | None = None,
-    step: int | None = None,
-) -> tuple[Dataset, dict[Arm, Progress]]:
-    """The data set of a run, and how far each arm has come that has a sound checkpoint.
+def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tuple[str, Report]]:
+    """The report on each network with batch norm, under its name; then writes their picture.
+
+    Its statistics are compared with those of 200 batches of training images, and of 60 batches
+    of test images; and the test images are scored by each kind of statistics.
 
     Raises:
-        RunFolderError, CheckpointError, DataError: as `evaluate_run`.
+        RunFolderError, CheckpointError, DataError: what is missing or damaged.
+        ValueError: no network of the run has batch norm, or the run is a grid.
     """
-    found = "" if step is None else f" of step {step:,}"
-    nothing = CheckpointError(f"{folder.path} holds no sound checkpoint{found}; train again")
-    if not any(newest_checkpoint(folder.checkpoints(arm)) for arm in config.arms):
-        raise nothing
-    data = load(config.dataset, data_dir=data_dir or config.data_dir)
-    trained: dict[Arm, Progress] = {}
-    for arm in config.arms:
-        if progress := load_progress(config, arm, data, folder, step):
-            trained[arm] = progress
-    if not trained:
-        raise nothing
-    return data, trained
+    config, arm = folder.read_config(), "batch"
+    if arm not in config.arms:
+        raise ValueError(f"{folder.path} has no network with batch norm to explain")
+    if config.axes:
+        raise ValueError(
+            f"{folder.path} holds a grid of runs, or several averages; explain a run with one "
+            "value of each number"
+        )
+    data, trained = load_run(folder, config, data_dir)
+    if arm not in trained:
+        raise CheckpointError(f"{folder.path} holds no sound checkpoint with batch norm; train on")
+    state, size = trained[arm].state, config.batch_size
+    scores = {
+        kind: make_score(config.with_values({"statistics": kind}), arm, data)(state)
+        for kind in ("running", "population", "batch")
+    }
+    reports: dict[str, Report] = {}
+    for number, one in enumerate(members(state, config)):
+        report = explain_linen(
+            training_mode(build_model(config, arm)),
+            {"params": one.params, "batch_stats": one.batch_stats},
+            inputs(data.train_images[: BATCHES * size], size, config.binarization),
+            inputs(data.test_images[: EVALUATED * size], size, config.binarization),
+            batch_size=size,
+        )
+        own = {kind: float(each[number, 0]) for kind, each in scores.items()}
+        name = TITLES[arm] + (f", seed {config.all_seeds[number]}" if config.seeds > 1 else "")
+        reports[name] = dataclasses.replace(report, api="run", scores=own)
+        yield name, reports[name]
+    try:
+        write_whole(folder.path / PICTURE, to_png(draw(reports)))
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder.path / PICTURE} cannot be written ({error.strerror or error}); make room, or "
+            "give permission"
+        ) from error

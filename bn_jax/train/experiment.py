@@ -5,9 +5,8 @@ import json
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,24 +17,30 @@ from bn_jax.data import Dataset, load
 from bn_jax.train.checkpoint import Checkpoints
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.crash_reporter import describe_checkpoints
-from bn_jax.train.display import TITLES, comparison_table, plot_curves, progress_bars
+from bn_jax.train.display import (
+    TITLES,
+    Bar,
+    comparison_table,
+    grid_table,
+    plot_curves,
+    plot_grid,
+    progress_bars,
+)
 from bn_jax.train.evaluation import PLACES, arm_settings, load_progress
-from bn_jax.train.loop import Activity, Evaluation, Watch, check_batch_size, train
+from bn_jax.train.loop import Evaluation, check_data, train
 from bn_jax.train.processes import check_same, is_first
 from bn_jax.train.progress import Progress
 from bn_jax.train.run_folder import RunFolder, metrics_line
 from bn_jax.train.sharding import make_sharding
 from bn_jax.train.stopping import asked_to_stop
-from bn_jax.train.summary import summarize
-from bn_jax.train.sweep import grid_rows, grid_table, plot_grid, to_csv, to_json_lines
+from bn_jax.train.summary import grid_rows, summarize, to_csv
 from bn_jax.train.tensorboard import check_tensorboard, event_files
 from bn_jax.train.versions import machine, versions
 
-NO_LOSS = "  –   "  # as wide as one
-
-
 SCHEMA = 1
 """Of `summary.json` and `metrics.jsonl`; changes when a field is renamed, dropped or redefined."""
+
+Arms = dict[Arm, list[Evaluation]]
 
 
 class Interrupted(Exception):
@@ -81,12 +86,17 @@ def run_experiment(
         check_tensorboard()
     make_sharding(config.devices, config.splits_runs)
     data = load(config.dataset, data_dir=config.data_dir)
-    check_batch_size(config, data)
+    check_data(config, data)
     folder = RunFolder(resume, writes=is_first()) if resume else RunFolder.create(config)
     started(folder)
     with folder.locked():
         try:
-            arms = run_and_write(config, data, folder, console)
+            begun = time.monotonic()
+            count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
+            where = f"[bold]{escape(str(folder.path))}[/bold]"
+            console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
+            arms = run_arms(config, data, folder, console)
+            write_results(config, arms, folder, console, round(time.monotonic() - begun, 3))
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {describe_checkpoints(folder.path)}") from None
     diverged = [
@@ -104,49 +114,12 @@ def run_experiment(
     return folder
 
 
-def run_and_write(
-    config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
-) -> dict[Arm, list[Evaluation]]:
-    """Train the arms, show the comparison and write it."""
-    begun = time.monotonic()
-    count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
-    where = f"[bold]{escape(str(folder.path))}[/bold]"
-    console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
-    arms = run_arms(config, data, folder, console)
-    about = {
-        "schema": SCHEMA,
-        "seconds": round(time.monotonic() - begun, 3),
-        "config": json.loads(config.to_json()),
-        "versions": versions(),
-    }
-    if config.axes:
-        rows = grid_rows(arms, config)
-        folder.write("sweep.csv", to_csv(rows))
-        folder.write("sweep.jsonl", to_json_lines(rows))
-        summary, table, picture = {"rows": rows}, grid_table(rows, config), plot_grid(rows, config)
-    else:
-        summary = summarize(arms)
-        table, picture = comparison_table(summary, config), plot_curves(arms, config)
-    folder.write("summary.json", json.dumps(summary | about, indent=2) + "\n")
-    folder.write("curves.png", picture)
-    console.print(table)
-    console.print(f"Curves: [bold]{escape(str(folder.path / 'curves.png'))}[/bold]", soft_wrap=True)
-    again = escape(shlex.join(["bn-jax", "evaluate", str(folder.path)]))
-    console.print(f"Score the checkpoints again: [bold]{again}[/bold]", soft_wrap=True)
-    return arms
-
-
-def run_arms(
-    config: TrainConfig, data: Dataset, folder: RunFolder, console: Console
-) -> dict[Arm, list[Evaluation]]:
+def run_arms(config: TrainConfig, data: Dataset, folder: RunFolder, console: Console) -> Arms:
     """Train the arms in order, each from its newest checkpoint and with a progress bar."""
-    arms: dict[Arm, list[Evaluation]] = {}
-    before = folder.read_metrics()
-    with progress_bars(console) as bars, asked_to_stop() as status:
-        waiting = {"total": config.steps, "loss": NO_LOSS, "accuracy": "  –  ", "activity": None}
-        tasks = {a: bars.add_task(TITLES[a], start=False, **waiting) for a in config.arms}
+    before, arms = folder.read_metrics(), Arms()
+    with progress_bars(console, config) as bars, asked_to_stop() as status:
         for arm in config.arms:
-            bars.start_task(tasks[arm])
+            bars[arm].start()
             resumed = load_progress(config, arm, data, folder)
             # The steps after the checkpoint are repeated, with the same results.
             last = np.repeat(resumed.reported_until, config.decays).tolist() if resumed else []
@@ -156,27 +129,7 @@ def run_arms(
                 raise ValueError(f"{folder.path}: metrics.jsonl lacks what its checkpoints follow")
             if before:
                 folder.write_metrics(before | arms, config)
-
-            def watch(activity: Activity, step: int, task: Any = tasks[arm]) -> None:
-                bars.update(task, completed=step, activity=(activity, time.monotonic()))
-
-            def show(evaluations: list[Evaluation], task: Any = tasks[arm]) -> None:
-                loss, accuracy = (
-                    statistics.median(getattr(e, name) for e in evaluations)
-                    for name in ("train_loss", "test_accuracy")
-                )
-                # Before the first step there is no loss.
-                shown = f"{loss:.4f}" if loss < 100 else f"{loss:.0e} "
-                loss = shown if evaluations[0].step else NO_LOSS
-                bars.update(task, loss=loss, accuracy=f"{accuracy:.4f}")
-
-            if arms[arm]:
-                show(arms[arm][-len(config.names) :])
-            latest = {e.name: e.test_accuracy for e in arms[arm]}
-            for evaluations in run_arm(config, arm, data, folder, watch, resumed, status, latest):
-                arms[arm] += evaluations
-                show(evaluations)
-            bars.update(tasks[arm], completed=arms[arm][-1].step, activity=None)
+            run_arm(config, arm, data, folder, arms[arm], bars[arm], resumed, status)
     return arms
 
 
@@ -185,39 +138,65 @@ def run_arm(
     arm: Arm,
     data: Dataset,
     folder: RunFolder,
-    watch: Watch,
+    evaluations: list[Evaluation],
+    bar: Bar,
     resumed: Progress | None,
     status: Callable[[], int],
-    latest: dict[tuple[int, int], float],
-) -> Iterator[list[Evaluation]]:
-    """Train one arm; write metrics at each evaluation, and checkpoints when they are due.
+) -> None:
+    """Train one arm; append to its evaluations and metrics, and save checkpoints when due.
 
     A checkpoint's score is the mean accuracy of all its networks: of each its latest, which for one
     that has diverged is from before.
     """
     saved, grid = resumed.step if resumed else -1, config.grid
+    if evaluations:
+        bar.show(evaluations[-len(config.names) :])
     settings = arm_settings(config, arm)
     events = folder.path / "tensorboard" / arm if config.tensorboard and is_first() else None
     with (
         Checkpoints(folder.checkpoints(arm), settings, saved, config.keep) as checkpoints,
         event_files(events, saved) as write,
     ):
-        for progress, evaluations in train(config, arm, data, watch, resumed):
-            if evaluations:
-                lines = [metrics_line(arm, e, grid[e.cell]) for e in evaluations]
+        for progress, new in train(config, arm, data, bar.watch, resumed):
+            if new:
+                lines = [metrics_line(arm, e, grid[e.cell]) for e in new]
                 folder.append("metrics.jsonl", "".join(lines))
-                latest |= {e.name: e.test_accuracy for e in evaluations}
-                write(evaluations)
-                yield evaluations
+                write(new)
+                evaluations += new
+                bar.show(new)
             stop = status()
-            diverged = progress.diverged(config.max_bad_steps).all()
-            over = diverged or progress.step == config.steps
-            due = evaluations and progress.step >= max(saved, 0) + config.checkpoint_every
-            if due or over or stop:
-                score = statistics.fmean(latest.values()) if evaluations else None
-                checkpoints.save(progress, score)
+            due = new and progress.step >= max(saved, 0) + config.checkpoint_every
+            if due or stop or progress.is_over(config):
+                latest = {e.name: e.test_accuracy for e in evaluations}
+                checkpoints.save(progress, statistics.fmean(latest.values()) if new else None)
                 saved = progress.step
             if stop:
                 where = f"at step {progress.step:,} {TITLES[arm]}"
                 again = shlex.join(["bn-jax", "train", "--resume", str(folder.path)])
                 raise Interrupted(f"stopped {where}; to go on: {again}", stop)
+    bar.watch(None, evaluations[-1].step)
+
+
+def write_results(
+    config: TrainConfig, arms: Arms, folder: RunFolder, console: Console, seconds: float
+) -> None:
+    """Write the comparison and show it."""
+    if config.axes:
+        rows = grid_rows(arms, config)
+        folder.write("sweep.csv", to_csv(rows))
+        folder.write("sweep.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        summary, table, picture = {"rows": rows}, grid_table(rows, config), plot_grid(rows, config)
+    else:
+        summary = summarize(arms)
+        table, picture = comparison_table(summary, config), plot_curves(arms, config)
+    settings = json.loads(config.to_json())
+    about = {"schema": SCHEMA, "seconds": seconds, "config": settings, "versions": versions()}
+    folder.write("summary.json", json.dumps(summary | about, indent=2) + "\n")
+    folder.write("curves.png", picture)
+    console.print(table)
+    again = shlex.join(["bn-jax", "evaluate", str(folder.path)])
+    for what, line in (
+        ("Curves", folder.path / "curves.png"),
+        ("Score the checkpoints again", again),
+    ):
+        console.print(f"{what}: [bold]{escape(str(line))}[/bold]", soft_wrap=True)

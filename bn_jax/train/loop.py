@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from bn_jax.data import Dataset
-from bn_jax.train.batches import batch_indices
+from bn_jax.train.batches import batch_indices, few_class_indices
 from bn_jax.train.chunks import next_call, steps_per_call
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.progress import Progress, Take, begin, careful, is_finite, trusting
@@ -23,6 +23,9 @@ from bn_jax.train.step import TrainStep, make_train_step
 Activity = Literal["compiling", "training", "evaluating"]
 Watch = Callable[[Activity, int], None]
 """A callback: (what begins now, how many steps have been taken)."""
+
+Sample = Callable[[Array, Array, int, int, int], Int[Array, "steps batch_size"]]
+"""Which examples some steps see: of (key, first step, steps, batch size, number of examples)."""
 
 
 class Evaluation(NamedTuple):
@@ -55,9 +58,10 @@ class Evaluation(NamedTuple):
         return self.cell, self.seed
 
 
-@functools.partial(
-    jax.jit, static_argnames=("train_step", "steps", "batch_size", "examples", "sharding", "take")
-)
+STATIC = ("train_step", "steps", "batch_size", "examples", "sharding", "take", "sample")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def run_chunk(
     train_step: TrainStep,
     progress: Progress,
@@ -69,19 +73,11 @@ def run_chunk(
     examples: int | None = None,
     sharding: Sharding = ONE_DEVICE,
     take: Take = trusting,
+    sample: Sample = batch_indices,
 ) -> tuple[Progress, Bool[Array, ""]]:
-    """Take some steps; whether all came out finite comes with the new progress.
+    """Take some steps, in each of the runs; whether all came out finite comes with the progress.
 
-    Args:
-        train_step: takes one.
-        progress: to start from; each of several runs takes its own steps.
-        images: of all training examples, perhaps padded to equal shards.
-        labels: theirs.
-        steps: how many.
-        batch_size: of each.
-        examples: how many of the images are some; None for all.
-        sharding: over which each batch is spread.
-        take: how to take a step, and what to do if it is not finite.
+    If images and labels are padded to equal shards, `examples` says how many are some.
     """
 
     def chunk(progress: Progress, images: Images, labels: Labels) -> tuple[Progress, Array]:
@@ -91,7 +87,7 @@ def run_chunk(
             return sharding.replicate(take(train_step, progress, *sharding.shard(batch))), None
 
         state = progress.state
-        rows = batch_indices(state.key, state.step, steps, batch_size, examples or len(images))
+        rows = sample(state.key, state.step, steps, batch_size, examples or len(images))
         # Two steps per iteration: what the loop carries is then copied half as often.
         progress, _ = lax.scan(body, progress, sharding.replicate(rows), unroll=2)
         return progress, is_finite(progress)
@@ -112,47 +108,34 @@ def train(
     """Train, and yield after each compiled call; at evaluations, with one for each run and average.
 
     The first evaluation is at step 0, the last after the last step, or when all runs have diverged.
-    A run that has diverged is evaluated once more, and then left out.
-
-    Args:
-        config: of the run.
-        arm: of it.
-        data: to train and to test on.
-        watch: a callback for what is done.
-        resumed: to go on from; None starts.
+    A run that has diverged is evaluated once more, and then left out. Training that is resumed
+    goes on after the last evaluation.
 
     Raises:
-        ValueError: a batch is larger than the data, or the devices are not there.
+        ValueError: the data cannot fill a batch, or the devices are not there.
     """
-    check_batch_size(config, data)
-    step = resumed.step if resumed else 0
-    watch("compiling", step)
-    sharding, examples = make_sharding(config.devices, config.splits_runs), len(data.train_images)
+    check_data(config, data)
+    watch("compiling", resumed.step if resumed else 0)
+    sharding = make_sharding(config.devices, config.splits_runs)
     images = sharding.examples(data.train_images)
     labels = sharding.examples(data.train_labels.astype(np.int32))
     first, runs = data.train_images[: config.batch_size], len(config.runs)
     train_step = make_train_step(config, arm, sharding)
-    takes = {False: trusting, True: careful(config.max_bad_steps)}
     score = make_score(config, arm, data, sharding)
+    sizes = {"batch_size": config.batch_size, "examples": len(data.train_images)}
+    options = {"sharding": sharding, "sample": make_sample(config, data)}
+    takes = {False: trusting, True: careful(config.max_bad_steps)}
 
     def evaluate(progress: Progress, rate: float) -> list[Evaluation]:
-        of_runs = np.stack(
-            [
-                *(progress.state.step, progress.loss, progress.good, progress.bad),
-                progress.diverged(config.max_bad_steps),
-            ]
-        )
-        columns = np.repeat(of_runs.reshape(5, -1), config.decays, axis=1)
+        """Evaluate each run, with each average, that has taken steps since the last time."""
+        diverged = progress.diverged(config.max_bad_steps)
+        of_runs = progress.state.step, progress.loss, progress.good, progress.bad, diverged
+        columns = (np.repeat(np.ravel(column), config.decays).tolist() for column in of_runs)
+        scores = score(progress.state).ravel().tolist()
         return [
-            Evaluation(
-                *(int(step), loss / good if good else float("nan"), accuracy, rate),
-                *(int(bad), bool(diverged), seed, cell),
-            )
-            for (cell, seed), (step, loss, good, bad, diverged), accuracy in zip(
-                config.names,
-                columns.T.tolist(),
-                score(progress.state).ravel().tolist(),
-                strict=True,
+            Evaluation(step, loss / good if good else np.nan, right, rate, bad, ended, seed, cell)
+            for (cell, seed), right, step, loss, good, bad, ended in zip(
+                config.names, scores, *columns, strict=True
             )
             if good or bad or not step
         ]
@@ -160,15 +143,16 @@ def train(
     @functools.cache
     def compiled(steps: int, with_care: bool) -> jax.stages.Compiled:
         """A call of some steps, compiled ahead so that its first run is timed like any other."""
-        watch("compiling", step)
-        sizes = {"steps": steps, "batch_size": config.batch_size, "examples": examples}
-        options = {"sharding": sharding, "take": takes[with_care]}
-        return run_chunk.lower(train_step, progress, images, labels, **sizes, **options).compile()
+        watch("compiling", progress.step)
+        own = {"steps": steps, "take": takes[with_care]}
+        return run_chunk.lower(
+            train_step, progress, images, labels, **sizes, **options, **own
+        ).compile()
 
     def call(steps: int, with_care: bool) -> tuple[Progress, bool, float]:
         """Take some steps; whether they are finite, and the seconds that they took."""
         chunk = compiled(steps, with_care)
-        watch("training", step)
+        watch("training", progress.step)
         begun = time.perf_counter()
         after, finite = jax.block_until_ready(chunk(progress, images, labels))
         return after, bool(finite), time.perf_counter() - begun
@@ -183,27 +167,41 @@ def train(
     # In float16, a step is bad whenever the loss scale has grown too large.
     half = config.precision == "float16"
     taken, seconds = 0, 0.0
-    while step < config.steps and not progress.diverged(config.max_bad_steps).all():
-        size = next_call(step, config.steps, config.evaluate_every, most)
+    while not progress.is_over(config):
+        size = next_call(progress.step, config.steps, config.evaluate_every, most)
         after, finite, time_taken = call(size, half or progress.was_bad)
         if not finite:
             after, _, time_taken = call(size, True)
-        progress, step = after, step + size
-        taken, seconds = taken + size, seconds + time_taken
-        over = step == config.steps or progress.diverged(config.max_bad_steps).all()
-        if step % config.evaluate_every and not over:
+        progress, taken, seconds = after, taken + size, seconds + time_taken
+        if progress.step % config.evaluate_every and not progress.is_over(config):
             yield progress, []
             continue
-        watch("evaluating", step)
+        watch("evaluating", progress.step)
         evaluations = evaluate(progress, taken * config.batch_size / seconds)
         progress, taken, seconds = progress.reported(), 0, 0.0
         yield progress, evaluations
 
 
-def check_batch_size(config: TrainConfig, data: Dataset) -> None:
+def make_sample(config: TrainConfig, data: Dataset) -> Sample:
+    """Which examples a run's steps see: all, epoch after epoch, or those of a few classes."""
+    classes = config.classes_per_batch
+    if classes is None:
+        return batch_indices
+
+    def sample(key: Array, step: Array, steps: int, batch_size: int, _: int) -> Array:
+        rows = few_class_indices(key, step, steps, batch_size, data.train_labels, classes)
+        # Class by class in turn, so that groups and micro-batches have the classes of the batch.
+        return rows.reshape(steps, classes, -1).swapaxes(1, 2).reshape(steps, batch_size)
+
+    return sample
+
+
+def check_data(config: TrainConfig, data: Dataset) -> None:
     """Refuse a batch that the data cannot fill."""
-    if config.batch_size > len(data.train_images):
-        raise ValueError(
-            f"--batch-size {config.batch_size}: must be at most {len(data.train_images)}, the "
-            "number of training images"
+    for name, most, what in (
+        ("batch_size", len(data.train_images), "training images"),
+        ("classes_per_batch", len(np.unique(data.train_labels)), "classes"),
+    ):
+        config.demand(
+            name, (getattr(config, name) or 0) <= most, f"at most {most}, the number of {what}"
         )

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from bn_jax.train.config import TrainConfig
 from bn_jax.train.state import Images, Labels, TrainState
 from bn_jax.train.step import TrainStep
 
@@ -44,6 +45,10 @@ class Progress(NamedTuple):
     def step(self) -> int:
         """Steps taken, by the seed that has come furthest."""
         return int(np.max(self.state.step))
+
+    def is_over(self, config: TrainConfig) -> bool:
+        """Whether all steps are taken, or all runs have diverged."""
+        return self.step >= config.steps or bool(self.diverged(config.max_bad_steps).all())
 
     @property
     def was_bad(self) -> bool:

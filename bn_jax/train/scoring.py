@@ -24,7 +24,7 @@ from bn_jax.inference.recalibrate_linen import observed
 from bn_jax.train.build import build_model
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.sharding import ONE_DEVICE, Sharding
-from bn_jax.train.state import Images, Labels, TrainState, each_average, each_run
+from bn_jax.train.state import Images, Labels, TrainState, each_average
 from bn_jax.train.step import binarize
 
 Forward = Callable[[Any, Array], tuple[Any, Any]]
@@ -38,24 +38,15 @@ def make_score(
 ) -> Callable[[TrainState], np.ndarray]:
     """A function: state -> the share of test images that the network labels rightly.
 
-    The shares are [runs, averages].
-
-    Args:
-        config: of the run; `statistics` says what normalizes.
-        arm: of it; without batch norm, all statistics give the same score.
-        data: to test on; its training images are for population statistics.
-        sharding: of the test images, unless a batch's statistics are needed.
+    The shares are [runs, averages]. The configuration's `statistics` say what batch norm normalizes
+    by. Training images are for population statistics.
     """
     shape = len(config.runs), config.decays
     size, count = config.batch_size, len(data.test_images)
     if config.statistics == "batch":
         parts = max(count // size, 1)  # of about one size, so that none is a single image
-        test = list(
-            zip(
-                *(np.array_split(a, parts) for a in (data.test_images, data.test_labels)),
-                strict=True,
-            )
-        )
+        split = (np.array_split(a, parts) for a in (data.test_images, data.test_labels))
+        test = list(zip(*split, strict=True))
     else:
         test = [
             (sharding.examples(images), sharding.examples(labels, filler=-1))
@@ -74,7 +65,7 @@ def make_score(
         if config.statistics == "batch":
             logits, _ = training_mode(model)(variables, inputs)
         else:
-            logits = evaluation_mode(model)(variables, inputs)
+            logits: Any = model.apply(variables, inputs, train=False)
         return jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
 
     def population(state: TrainState, batches: Images) -> Any:
@@ -95,9 +86,12 @@ def make_score(
             is_leaf=lambda node: "var" in node,
         )
 
-    count_right, population = (
-        jax.jit(each_run(config, each_average(config, f))) for f in (count_right, population)
-    )
+    def for_each(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = each_average(config, function)
+        several = functools.partial(sharding.each_run, function)
+        return jax.jit(several if len(config.runs) > 1 else function)
+
+    count_right, population = for_each(count_right), for_each(population)
 
     def score(state: TrainState) -> np.ndarray:
         if config.statistics == "population" and state.batch_stats:
@@ -111,12 +105,6 @@ def make_score(
 def training_mode(model: nn.Module) -> Forward:
     """A network in training mode: variables, inputs -> logits, new batch_stats."""
     return lambda variables, x: model.apply(variables, x, train=True, mutable=["batch_stats"])
-
-
-def evaluation_mode(model: nn.Module) -> Callable[[Any, Array], Array]:
-    """A network in evaluation mode: variables, inputs -> logits."""
-    evaluate: Any = functools.partial(model.apply, train=False)
-    return evaluate
 
 
 def inputs(images: np.ndarray, batch_size: int, binarization: str) -> Iterator[Array]:

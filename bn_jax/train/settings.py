@@ -132,6 +132,8 @@ class OptimizerSettings:
         weight_decay: Decoupled weight decay, times the learning rate. Spares biases and batch
             norm's scale.
         batch_size: Examples per step.
+        classes_per_batch: Draw each batch from this many classes only, equally many examples of
+            each, as where examples do not come in random order.
         micro_batches: Split each batch into this many parts, one after the other, to save memory.
             Each part is normalized by its own statistics; the running statistics move once per
             step.
@@ -149,6 +151,7 @@ class OptimizerSettings:
     schedule: Literal["constant", "cosine", "exponential"] = "constant"
     weight_decay: Annotated[float, RATE] = 0.0
     batch_size: Annotated[int, POSITIVE] = 60
+    classes_per_batch: Annotated[int | None, POSITIVE, unset("INT", "all examples in turn")] = None
     micro_batches: Annotated[int, POSITIVE] = 1
     steps: Annotated[int, NOT_NEGATIVE] = 50_000
     max_bad_steps: Annotated[int, POSITIVE] = 100

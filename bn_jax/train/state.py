@@ -68,13 +68,7 @@ def init_state(config: TrainConfig, arm: Arm, images: Images) -> TrainState:
 
 
 def remember(config: TrainConfig, batch_stats: Any, moments: Mapping[Any, Moments]) -> Any:
-    """The running statistics of all layers after one more batch.
-
-    Args:
-        config: says which average; its decay may be traced.
-        batch_stats: before.
-        moments: of the batch, by the path of each layer.
-    """
+    """The running statistics of all layers after one more batch, with its moments by layer."""
     average = build_average(config)
 
     def one(layer: Mapping[str, Any], moments: Moments) -> Mapping[str, Any]:
@@ -92,11 +86,8 @@ def each_average(
 ) -> Callable[..., Any]:
     """A function of (state, ...) for each of the averages that a state carries.
 
-    Args:
-        config: of the run.
-        function: of a state with one average, and more.
-        returns_state: its result is (state, ...), of which all but the averages is the same for
-            all, and returned once. Of another result, each average has its own.
+    Each average has a result of its own. If that is (state, ...), only its averages differ; the
+    rest is returned once.
     """
     if config.decays == 1:
         return function
@@ -107,17 +98,6 @@ def each_average(
 
     def for_each(state: TrainState, *others: Any) -> Any:
         return jax.vmap(lambda state: function(state, *others), (axes,), out)(state)
-
-    return for_each
-
-
-def each_run(config: TrainConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of (state, ...) for each run of one program, if there are several."""
-    if len(config.runs) == 1:
-        return function
-
-    def for_each(state: TrainState, *others: Any) -> Any:
-        return jax.vmap(lambda state: function(state, *others))(state)
 
     return for_each
 
@@ -133,7 +113,8 @@ def init_runs(config: TrainConfig, arm: Arm, images: Images) -> TrainState:
     """All runs of a configuration before the first step; images give the shape only."""
 
     def init_run(run: TrainConfig) -> TrainState:
-        values = {name: jnp.asarray(getattr(run, name), jnp.float32) for name in config.axes}
+        numbers = vars(run) | run.limits
+        values = {name: jnp.asarray(numbers[name], jnp.float32) for name in config.axes}
         state = init_state(run.with_values(values), arm, images)
         if (averages := config.decays) > 1:
             values["decay"] = jnp.asarray(config.axes["decay"], jnp.float32)

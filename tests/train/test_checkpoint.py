@@ -214,6 +214,12 @@ def test_of_another_run(tmp_path):
         load_newest(tmp_path, at(0), {"arm": "batch", "hidden": [9], "steps": 4})
 
 
+def test_of_before_a_setting_was_added(tmp_path):
+    """Which is None where nobody asks for it."""
+    save(tmp_path, at(5))
+    assert_same(load_newest(tmp_path, at(0), SETTINGS | {"added": None}), at(5))
+
+
 def test_of_another_format(tmp_path, monkeypatch):
     save(tmp_path, at(5))
     monkeypatch.setattr(checkpoint, "FORMAT", 99)

@@ -28,6 +28,7 @@ ranges = {
     "batch_size": positive,
     "micro_batches": st.integers(1, 8),
     "group_size": st.none() | st.integers(2, 64),
+    "classes_per_batch": st.none() | st.integers(1, 10),
     "steps": st.integers(0, 10**9),
     "max_bad_steps": positive,
     "seed": st.integers(0, 2**32 - 1001),
@@ -55,8 +56,8 @@ def configs(draw):
     fields["batch_size"] *= fields["micro_batches"] * (fields["devices"] or 1)
     if fields["renorm"]:
         fields["group_size"] = None
-    if fields["group_size"]:
-        fields["batch_size"] *= fields["group_size"]
+    for name in ("group_size", "classes_per_batch"):
+        fields["batch_size"] *= fields[name] or 1
     return TrainConfig(**fields)
 
 
@@ -97,6 +98,8 @@ OUT_OF_RANGE = [
     ("micro_batches", 0, "a positive integer"),
     ("micro_batches", 7, "a divisor of --batch-size 60"),
     ("micro_batches", 60, "at most 30 for --batch-size 60"),
+    ("classes_per_batch", 0, "a positive integer"),
+    ("classes_per_batch", 7, "a divisor of --batch-size 60"),
     ("group_size", 0, "a positive integer"),
     ("group_size", True, "a positive integer"),
     ("group_size", 61, "at most 60, for --batch-size 60"),
@@ -256,7 +259,9 @@ def test_seeds_are_consecutive():
 def test_what_the_paper_describes_and_what_it_leaves_open():
     for options in ({}, {"learning_rate": 1.0, "seeds": 5, "steps": 9, "init_std": 0.1}):
         assert TrainConfig(**options).is_papers
-    for options in ({"hidden": (100,)}, {"optimizer": "adam"}, {"binarization": "none"}):
+    for options in ({"hidden": (100,)}, {"optimizer": "adam"}, {"classes_per_batch": 1}):
+        assert not TrainConfig(**options).is_papers
+    for options in ({"binarization": "none"}, {"renorm": (3, 5)}):
         assert not TrainConfig(**options).is_papers
 
 

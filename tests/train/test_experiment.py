@@ -64,6 +64,7 @@ ALL_FLAGS = [
         "device": "cpu",
         "weight_decay": 0.01,
         "micro_batches": 4,
+        "classes_per_batch": 5,
         "precision": "bfloat16",
         "keep": "best",
         "statistics": "population",
@@ -269,14 +270,14 @@ def test_what_one_sees_of_what_takes_long(monkeypatch):
     """The activity in place of the figures: compiling at once, the rest after a second."""
     screen = Console(file=io.StringIO(), width=80)
     monkeypatch.setattr("time.monotonic", lambda: 107.5)
-    with progress_bars(screen) as progress:
-        fields = {"total": 9, "loss": "0.5000", "accuracy": "0.9000"}
-        task = progress.add_task("without", **fields, activity=None)
+    with progress_bars(screen, TrainConfig(norm="none")) as bars:
+        bar = bars["none"]
+        bar.show([Evaluation(1, 0.5, 0.9, 60.0)])
 
         def text(activity, since):
-            progress.update(task, completed=0, activity=(activity, since))
+            bar.progress.update(bar.task, completed=0, activity=(activity, since))
             with screen.capture() as capture:
-                screen.print(progress.get_renderable())
+                screen.print(bar.progress.get_renderable())
             return capture.get()
 
         assert "compiling, 0 s" in text("compiling", 107.4)

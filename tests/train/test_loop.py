@@ -137,6 +137,35 @@ def test_a_batch_larger_than_the_data(digits):
         next(train(config, "none", digits))
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+def test_batches_of_few_classes(classes, digits, monkeypatch):
+    """Of each class equally many; groups of a batch have the same ones. Other steps, other ones."""
+    seen = []
+
+    def make(*_):
+        def step(state, images, labels):
+            jax.debug.callback(lambda labels: seen.append(labels.tolist()), labels, ordered=True)
+            return state._replace(step=state.step + 1), jnp.float32(0)
+
+        return step
+
+    monkeypatch.setattr("bn_jax.train.loop.make_train_step", make)
+    monkeypatch.setattr("bn_jax.train.loop.steps_per_call", lambda *_: 10)
+    run(digits, classes_per_batch=classes)
+    jax.effects_barrier()
+    assert len(seen) == 10
+    for labels in seen:
+        assert np.unique(labels, return_counts=True)[1].tolist() == [20 // classes] * classes
+        assert len({*labels[:2]}) == classes
+    assert len({frozenset(labels) for labels in seen}) > 2
+
+
+def test_more_classes_than_there_are(digits):
+    config = TrainConfig(batch_size=20, classes_per_batch=20)
+    with pytest.raises(ValueError, match=r"^--classes-per-batch 20: must be at most 10, the numb"):
+        next(train(config, "none", digits))
+
+
 def test_a_batch_of_all_the_data(digits):
     *_, (state, evaluation) = run(digits, batch_size=240, steps=2, evaluate_every=2)
     assert int(state.step) == evaluation.step == 2

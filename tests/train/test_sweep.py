@@ -10,11 +10,11 @@ from PIL import Image
 
 from bn_jax.train import loop
 from bn_jax.train.config import TrainConfig
+from bn_jax.train.display import grid_table
 from bn_jax.train.evaluation import evaluate_run
 from bn_jax.train.experiment import Interrupted, run_experiment
 from bn_jax.train.loop import train
 from bn_jax.train.run_folder import RunFolder
-from bn_jax.train.sweep import grid_table
 from tests.train.test_experiment import quiet, records
 from tests.train.test_resume import assert_same_end, lines, stop_after
 
