@@ -95,10 +95,10 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
     launch = launch.with_environment(os.environ)
     console.quiet_orbax()
     with console.stdout.status("loading JAX"):
-        from bn_jax.train.device import choose_device, split_cpu
         from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
         from bn_jax.train.multiprocess import run_with_others
         from bn_jax.train.run_folder import RunFolder
+        from bn_jax.train.sharding import choose_devices
 
         if resume is not None:
             kept = RunFolder(resume).read_config()
@@ -106,8 +106,7 @@ def start(config: TrainConfig, launch: Launch, resume: Path | None) -> None:
             device = kept.device if config.device == "auto" else config.device
             config = dataclasses.replace(kept, **places, device=device)
         if launch.is_alone:
-            split_cpu(config.devices)
-            choose_device(config.device)
+            choose_devices(config.device, config.devices)
     if not launch.is_alone:
         if console.stdout.is_terminal:
             console.stdout.print("waiting for the other processes")

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.crash_reporter import reporting_crashes
-from bn_jax.train.device import choose_device, split_cpu
 from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.launch import Launch, join
 from bn_jax.train.processes import find_collective_failure, is_first
+from bn_jax.train.sharding import choose_devices
 from bn_jax.train.stopping import STATUS
 
 
@@ -28,8 +28,7 @@ def run_with_others(
             reporter.leave(f"error: {error}\n", 2)
         reporter.note("met")
         try:
-            split_cpu(config.devices, launch.processes or 1)
-            choose_device(config.device)
+            choose_devices(config.device, config.devices, launch.processes or 1)
             run_experiment(
                 config,
                 console if is_first() else Console(quiet=True),

@@ -8,6 +8,7 @@ runs, without communication.
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"
+MOST = 256
+"""Devices in a process; more would take minutes to start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,36 +38,22 @@ class Sharding:
         """Shard an array of examples: each device gets its share of them.
 
         Args:
-            array: the same in each process.
+            array: the same in each process, which copies only what its own devices hold.
             filler: appended until all shares are equal.
         """
         if self.mesh is None:
             return jnp.asarray(array)
-        if self.runs:
-            return self.put(array, PartitionSpec())
-        missing = -len(array) % self.mesh.size
-        if missing:
-            widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
+        if not self.runs:
+            widths = [(0, -len(array) % self.mesh.size)] + [(0, 0)] * (array.ndim - 1)
             array = np.pad(array, widths, constant_values=filler)
-        return self.put(array, PartitionSpec(DATA))
+        named = NamedSharding(self.mesh, PartitionSpec() if self.runs else PartitionSpec(DATA))
+        return jax.make_array_from_callback(array.shape, named, lambda index: array[index])
 
     def everywhere(self, tree: Any) -> Any:
         """Copy a tree of arrays to each device."""
         if self.mesh is None:
             return tree
-
-        def put(leaf: Array) -> Array:
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
-            return self.put(np.asarray(leaf), PartitionSpec())
-
-        return jax.tree.map(put, tree)
-
-    def put(self, array: np.ndarray, spec: PartitionSpec) -> Array:
-        """Put an array on the mesh; each process copies only what its own devices hold."""
-        assert self.mesh is not None
-        named = NamedSharding(self.mesh, spec)
-        return jax.make_array_from_callback(array.shape, named, lambda index: array[index])
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 
     def shard(self, tree: Any, axis: int = 0) -> Any:
         """Under jit: give each device its share of the examples along an axis."""
@@ -75,7 +64,7 @@ class Sharding:
         return self.constrain(tree, PartitionSpec())
 
     def constrain(self, tree: Any, spec: PartitionSpec) -> Any:
-        """Under jit: shard the arrays of a tree in this way."""
+        """Under jit: shard the arrays of a tree in this way, where devices share the examples."""
         if self.mesh is None or self.runs:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
@@ -111,23 +100,51 @@ def make_sharding(devices: int | None, runs: bool = False) -> Sharding:
     Raises:
         ValueError: there are fewer devices, or they cannot be equally many of each process.
     """
-    (here,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
-    platform = here.platform
     processes = jax.process_count()
     if processes == 1 and devices in (None, 1):
         return ONE_DEVICE
-    present = jax.devices(platform)
-    devices = len(present) if devices is None else devices
+    (here,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
+    present = jax.devices(here.platform)
+    devices = devices or len(present)
     if devices % processes:
         raise ValueError(
             f"--devices {devices}: must be a multiple of {processes}, the number of processes"
         )
     if devices > len(present):
         raise ValueError(
-            f"--devices {devices}: JAX has {len(present)} of kind {platform} here; choose fewer, "
-            "or, to split the CPU, --device cpu before JAX is in use"
+            f"--devices {devices}: JAX has {len(present)} of kind {here.platform} here; choose "
+            "fewer, or, to split the CPU, --device cpu before JAX is in use"
         )
     each = devices // processes
     chosen = [[d for d in present if d.process_index == p][:each] for p in range(processes)]
-    mesh = Mesh(np.asarray(chosen).reshape(-1), (DATA,))
-    return Sharding(mesh, runs)
+    return Sharding(Mesh(np.ravel(chosen), (DATA,)), runs)
+
+
+def choose_devices(device: str, devices: int | None, processes: int = 1) -> None:
+    """Make JAX, before it is in use, compute on a kind of device, and split the CPU.
+
+    Other kinds of device cannot be split; `make_sharding` says if there are too few.
+
+    Args:
+        device: the kind, or "auto".
+        devices: how many in all processes together; None for one in each.
+        processes: how many processes the run has.
+
+    Raises:
+        ValueError: there are none of this kind, or more than `MOST` in a process.
+    """
+    each = (devices or 1) // processes
+    if each > MOST:
+        raise ValueError(f"--devices {devices}: must be at most {MOST} in a process")
+    if each > 1:
+        with suppress(RuntimeError):  # JAX is in use already
+            jax.config.update("jax_num_cpu_devices", each)
+    if device == "auto":
+        return
+    try:
+        jax.config.update("jax_default_device", jax.local_devices(backend=device)[0])
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {device}: JAX finds none here ({error}); install jax's build for it, or "
+            "choose --device auto"
+        ) from error

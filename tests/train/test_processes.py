@@ -19,11 +19,11 @@ from jax.experimental import multihost_utils
 from bn_jax.data import load
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.crash_reporter import MARK, UNMET, report
-from bn_jax.train.device import split_cpu
 from bn_jax.train.evaluation import evaluate_run, load_progress
 from bn_jax.train.loop import train
 from bn_jax.train.processes import check_same
 from bn_jax.train.run_folder import RunFolder
+from bn_jax.train.sharding import choose_devices
 from tests.train.test_interrupt import wait_until
 from tests.train.test_resume import assert_same_end
 
@@ -221,13 +221,13 @@ def test_every_process_is_compared(others, names, monkeypatch):
 def test_each_process_makes_its_share_of_a_cpu(monkeypatch):
     made = []
     monkeypatch.setattr(jax.config, "update", lambda *what: made.append(what))
-    split_cpu(8, 2)
-    split_cpu(3)
+    choose_devices("auto", 8, 2)
+    choose_devices("auto", 3)
     for few in [(None,), (1,), (None, 4), (2, 2)]:
-        split_cpu(*few)
+        choose_devices("auto", *few)
     assert made == [("jax_num_cpu_devices", 4), ("jax_num_cpu_devices", 3)]
     with pytest.raises(ValueError, match=r"^--devices 100000: must be at most 256 in a process$"):
-        split_cpu(100_000, 2)
+        choose_devices("auto", 100_000, 2)
 
 
 @pytest.mark.slow
