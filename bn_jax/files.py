@@ -36,13 +36,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, create: bool = False) -> Iterator[None]:
+def locked(path: Path, taken: str = "", create: bool = False) -> Iterator[None]:
     """Keep a folder or a file, perhaps a new one, locked: no second process gets past here.
 
     Where the system or its file system has no such locks, as some over a network, nothing is.
 
     Raises:
-        BlockingIOError: another process has it locked.
+        BlockingIOError: another process has it locked; with the message `taken`.
     """
     if fcntl is None:
         yield
@@ -52,8 +52,8 @@ def locked(path: Path, create: bool = False) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
+        except BlockingIOError as error:
+            raise BlockingIOError(taken or str(error)) from error
         except OSError:
             pass
         yield

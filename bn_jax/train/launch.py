@@ -2,14 +2,14 @@
 
 import contextlib
 import dataclasses
-import ipaddress
+import os
 import re
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 
@@ -21,6 +21,9 @@ HEARTBEAT = 30
 
 PATIENCE = 300
 """Seconds to wait for the others at the start: schedulers do not start all at once."""
+
+
+ADDRESS = re.compile(r"\[?(?P<host>[^]]+)\]?:(?P<port>[0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,8 @@ class Launch:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        host, _, port = (self.coordinator or "host:1").rpartition(":")
-        if not host or not is_plain(port) or not 0 < int(port) < 2**16:
+        address = ADDRESS.fullmatch(self.coordinator or "host:1")
+        if address is None or not 0 < int(address["port"]) < 2**16:
             raise ValueError(
                 f"--coordinator {self.coordinator}: must be HOST:PORT, e.g. 127.0.0.1:7788"
             )
@@ -64,59 +67,44 @@ class Launch:
         Raises:
             ValueError: a variable is not a number, or out of range.
         """
-
-        def number(name: str) -> int | None:
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        found: dict[str, Any] = {}
+        for field, name in zip(dataclasses.fields(self), names, strict=False):
             text = environment.get(name)
-            if text is not None and not is_plain(text):
+            if text is None or getattr(self, field.name) is not None:
+                continue
+            if field.name != "coordinator" and not re.fullmatch("[0-9]+", text):
                 raise ValueError(f"{name}={text}: must be an integer of at least 0")
-            return None if text is None else int(text)
-
-        found = {
-            "coordinator": environment.get("JAX_COORDINATOR_ADDRESS"),
-            "processes": number("JAX_NUM_PROCESSES"),
-            "process_id": number("JAX_PROCESS_ID"),
-        }
-        missing = {name: value for name, value in found.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
+            found[field.name] = text if field.name == "coordinator" else int(text)
+        return dataclasses.replace(self, **found)
 
     @property
     def is_alone(self) -> bool:
         """Whether nothing says that there are other processes."""
-        return not self.distributed and self.given == (None, None, None)
+        return self == ALONE
 
     @property
     def given(self) -> tuple[str | None, int | None, int | None]:
         """Where to meet, how many processes, and which of them this is."""
         return self.coordinator, self.processes, self.process_id
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> contextlib.AbstractContextManager[None]:
         """Keep a second process of this machine from taking the same id in the same run.
 
         JAX's service would take the second for the first, restarted, and end the run.
 
         Raises:
-            ValueError: another process has this id.
+            BlockingIOError: another process has this id.
         """
-        with contextlib.ExitStack() as stack:
-            if None not in self.given:  # else the scheduler gives the ids
-                name = "-".join(re.findall(r"\w+", f"bn_jax {self.coordinator} {self.process_id}"))
-                path = Path(tempfile.gettempdir(), f"{name}.lock")
-                try:
-                    stack.enter_context(locked(path, create=True))
-                except BlockingIOError as error:
-                    raise ValueError(
-                        f"--process-id {self.process_id}: another process here has it in the run "
-                        f"at {self.coordinator}; give each an id of its own"
-                    ) from error
-                except OSError:
-                    pass  # a lock cannot be made there, so nothing is checked
-            yield
-
-
-def is_plain(text: str) -> bool:
-    """Whether a text is a number in ASCII digits; int() takes those of other scripts too."""
-    return text.isascii() and text.isdecimal()
+        if None in self.given:  # the scheduler gives the ids
+            return contextlib.nullcontext()
+        user = getattr(os, "getuid", int)()
+        name = "-".join(re.findall(r"\w+", f"bn_jax {user} {self.coordinator} {self.process_id}"))
+        taken = (
+            f"--process-id {self.process_id}: another process here has it in the run at "
+            f"{self.coordinator}; give each an id of its own"
+        )
+        return locked(Path(tempfile.gettempdir(), f"{name}.lock"), taken, create=True)
 
 
 ALONE = Launch()
@@ -128,7 +116,8 @@ def join(launch: Launch) -> None:
     If they do not come within `PATIENCE`, JAX ends this process.
 
     Raises:
-        ValueError: something is missing that neither flag nor variable gives, or no scheduler.
+        ValueError: something is missing that neither flag nor variable gives, there is no
+            scheduler, the host is not known, or the port of this machine is taken.
     """
     flags = "--coordinator", "--processes", "--process-id"
     missing = [f for f, value in zip(flags, launch.given, strict=True) if value is None]
@@ -137,14 +126,13 @@ def join(launch: Launch) -> None:
             f"{' and '.join(missing)}: must be given too for a run of several processes; or let "
             "--distributed take it from the scheduler"
         )
-    if launch.coordinator:
-        check_address(launch.coordinator, here=launch.process_id == 0)
+    local = launch.coordinator and check_address(launch.coordinator, launch.process_id == 0)
     # JAX waits in C++, where Python's handler of Ctrl-C does not run.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             *launch.given,
-            coordinator_bind_address=bind_address(launch.coordinator),
+            coordinator_bind_address=launch.coordinator if local else None,
             cluster_detection_method=None if launch.distributed else "deactivate",
             initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=HEARTBEAT,
@@ -164,41 +152,33 @@ def join(launch: Launch) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def check_address(address: str, here: bool) -> None:
+def check_address(address: str, here: bool) -> bool:
     """Refuse an address for which JAX would wait in vain, or on which its service may crash.
 
     Args:
         address: host and port.
         here: whether this process starts the service.
 
+    Returns:
+        Whether it is this machine's loopback address, on which alone process 0 then listens:
+        whoever reaches the port could end the run, or take part in it.
+
     Raises:
         ValueError: the host is not known, or the port of this machine is taken.
     """
-    host, _, port = address.rpartition(":")
+    host, port = address.rpartition(":")[0].strip("[]"), int(address.rpartition(":")[2])
     try:
-        socket.getaddrinfo(host.strip("[]"), port)
-    except OSError as error:
+        socket.getaddrinfo(host, port)
+        if here:
+            socket.create_server(("", port)).close()
+    except (socket.gaierror, UnicodeError) as error:
         raise ValueError(
             f"--coordinator {address}: the host is not known here ({error}); give a name or an "
             "address of process 0's machine"
         ) from error
-    if not here:
-        return
-    try:
-        socket.create_server(("", int(port))).close()
     except OSError as error:
         raise ValueError(
             f"--coordinator {address}: process 0 cannot listen there ({error}); choose a port "
             "that is free"
         ) from error
-
-
-def bind_address(address: str | None) -> str | None:
-    """The address that process 0 listens on: a loopback address as it is; None for all interfaces.
-
-    Whoever reaches the port could end the run, or take part in it.
-    """
-    host = (address or "").rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        return address if ipaddress.ip_address(host).is_loopback else None
-    return address if host == "localhost" else None
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,57 +44,17 @@ class RunFolder:
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
-        path = by_first(lambda: bytes(cls.make(config)))
+        path = by_first(lambda: bytes(make_folder(config)))
         return cls(Path(os.fsdecode(path)), writes=is_first())
 
-    @classmethod
-    def make(cls, config: TrainConfig) -> Path:
-        """The path of a new folder, with the configuration in it."""
-        path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        if unfit := set(str(path.absolute())) & set("[\\") - {os.sep}:
-            raise RunFolderError(
-                f"--run-dir {path}: must not have {unfit.pop()} in its name, where orbax could not "
-                "read the checkpoints that it writes; choose another folder"
-            )
-        with writing(path):
-            if config.run_dir is None:
-                path = make_unique(path)
-            path.mkdir(parents=True, exist_ok=True)
-            try:
-                if any(path.iterdir()):
-                    raise FileExistsError
-                # Of two runs that find the same folder empty, only one can create this file.
-                (path / "config.json").open("x").close()
-            except FileExistsError as error:
-                kept = "a run" if (path / "config.json").exists() else "other files"
-                raise RunFolderError(
-                    f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
-                ) from error
-        try:
-            cls(path).write("config.json", config.to_json())
-        except BaseException:
-            (path / "config.json").unlink()
-            raise
-        # Other processes may have another working directory.
-        return path if jax.process_count() == 1 else path.absolute()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training here, until the block or this process ends.
 
         Raises:
-            RunFolderError: another process does.
+            BlockingIOError: another process does.
         """
-        with ExitStack() as stack:
-            if self.writes:
-                try:
-                    stack.enter_context(locked(self.path))
-                except BlockingIOError as error:
-                    raise RunFolderError(
-                        f"{self.path}: another process is training there; wait until it ends, or "
-                        "stop it"
-                    ) from error
-            yield
+        taken = f"{self.path}: another process is training there; wait until it ends, or stop it"
+        return locked(self.path, taken) if self.writes else nullcontext()
 
     def read_config(self) -> TrainConfig:
         """The run's configuration.
@@ -106,9 +66,13 @@ class RunFolder:
         try:
             return TrainConfig.from_json(path.read_text())
         except FileNotFoundError as error:
-            raise RunFolderError(f"{self.path} is no run: it has no config.json") from error
+            raise RunFolderError(
+                f"{self.path} is no run: it has no config.json; give the folder of a run"
+            ) from error
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise RunFolderError(f"{path} cannot be read: {error}") from error
+            raise RunFolderError(
+                f"{path} cannot be read: {error}; put back the run's own file, or train again"
+            ) from error
 
     def checkpoints(self, arm: Arm) -> Path:
         """The folder of an arm's checkpoints."""
@@ -116,25 +80,21 @@ class RunFolder:
 
     def append(self, name: str, line: str) -> None:
         """Append a line to a file."""
-        if not self.writes:
-            return
-        path = self.path / name
-        with writing(path), path.open("a") as file:
-            file.write(line)
+        if self.writes:
+            with writing(self.path / name) as path, path.open("a") as file:
+                file.write(line)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file, whole or not at all."""
-        if not self.writes:
-            return
-        with writing(self.path / name):
-            data = content.encode() if isinstance(content, str) else content
-            write_whole(self.path / name, data)
+        if self.writes:
+            with writing(self.path / name) as path:
+                write_whole(path, content.encode() if isinstance(content, str) else content)
 
     def read_metrics(self) -> dict[Arm, list[Evaluation]]:
         """The evaluations so far, in every process; an unfinished last line is ignored."""
         path, arms = self.path / "metrics.jsonl", dict[Arm, list[Evaluation]]()
         for line in by_first(lambda: path.read_bytes() if path.exists() else b"").splitlines():
-            with suppress(ValueError, RecursionError, KeyError):
+            with suppress(ValueError, RecursionError, LookupError, TypeError):
                 record = json.loads(line)
                 fields: dict[str, Any] = {name: record[name] for name in Evaluation._fields}
                 fields = {k: math.nan if v is None else v for k, v in fields.items()}
@@ -143,12 +103,43 @@ class RunFolder:
 
     def write_metrics(self, arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> None:
         """Replace all evaluations: a run that is resumed drops those after its checkpoint."""
-        lines = [
-            metrics_line(arm, evaluation, config.grid[evaluation.cell])
-            for arm, evaluations in arms.items()
-            for evaluation in evaluations
-        ]
+        lines = [metrics_line(a, e, config.grid[e.cell]) for a, some in arms.items() for e in some]
         self.write("metrics.jsonl", "".join(lines))
+
+
+def make_folder(config: TrainConfig) -> Path:
+    """Make a run's folder, with its configuration in it; its name is the time if none is given.
+
+    Raises:
+        RunFolderError: as `RunFolder.create`.
+    """
+    path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    if unfit := set(str(path.absolute())) & set("[\\") - {os.sep}:
+        raise RunFolderError(
+            f"--run-dir {path}: must not have {unfit.pop()} in its name, where orbax could not "
+            "read the checkpoints that it writes; choose another folder"
+        )
+    with writing(path):
+        if config.run_dir is None:
+            path = make_unique(path)
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            if any(path.iterdir()):
+                raise FileExistsError
+            # Of two runs that find the same folder empty, only one can create this file.
+            (path / "config.json").open("x").close()
+        except FileExistsError as error:
+            kept = "a run" if (path / "config.json").exists() else "other files"
+            raise RunFolderError(
+                f"--run-dir {path}: already holds {kept}; choose a new folder, or move it away"
+            ) from error
+    try:
+        RunFolder(path).write("config.json", config.to_json())
+    except BaseException:
+        (path / "config.json").unlink()
+        raise
+    # Other processes may have another working directory.
+    return path if jax.process_count() == 1 else path.absolute()
 
 
 def make_unique(path: Path) -> Path:
@@ -162,10 +153,10 @@ def make_unique(path: Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[Path]:
     """Turn an error of the operating system into one that also says what to do."""
     try:
-        yield
+        yield path
     except OSError as error:
         raise RunFolderError(
             f"{path} cannot be written ({error.strerror or error}); make room or give permission, "

@@ -43,7 +43,7 @@ def test_a_grid_that_is_killed_goes_on(start, finish, tmp_path):
     process = start(*grid, "--steps", 1000, "--run-dir", parts)
     wait_until((parts / "metrics.jsonl").exists, process)
     message = f"{parts}: another process is training there; wait until it ends, or stop it"
-    with pytest.raises(RunFolderError, match=message), RunFolder(parts).locked():
+    with pytest.raises(BlockingIOError, match=message), RunFolder(parts).locked():
         raise AssertionError("both are in")
     time.sleep(random.Random(0).uniform(0, 1))
     process.kill()

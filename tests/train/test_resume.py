@@ -12,7 +12,7 @@ from bn_jax.train import experiment
 from bn_jax.train.checkpoint import CheckpointError, finished, read
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.experiment import Interrupted, run_experiment
-from bn_jax.train.run_folder import RunFolder, RunFolderError
+from bn_jax.train.run_folder import RunFolder
 from tests.train.test_checkpoint import failing
 from tests.train.test_experiment import quiet, records
 from tests.train.test_interrupt import needs_signals, wait_until
@@ -131,7 +131,7 @@ def test_not_while_it_runs(tmp_path, on_digits, stop_after):
     with pytest.raises(Interrupted):
         run(tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with RunFolder(tmp_path / "run").locked(), pytest.raises(RunFolderError, match="another pro"):
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(BlockingIOError, match="another pro"):
         run(tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
