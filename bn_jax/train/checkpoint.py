@@ -75,14 +75,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.manager is None:
-            return
-        try:
-            self.manager.wait_until_finished()
-        except Exception as error:
-            raise self.unwritable(error) from error
-        finally:
-            self.manager.close()
+        if self.manager is not None:
+            try:
+                self.manager.wait_until_finished()
+            except Exception as error:
+                raise self.unwritable(error) from error
+            finally:
+                self.manager.close()
 
     def save(self, progress: Progress, accuracy: float | None = None) -> None:
         """Write in the background; a checkpoint counts once it is whole.
@@ -96,11 +95,12 @@ class Checkpoints:
         """
         if self.manager is None or progress.step in self.manager.all_steps():
             return
-        arrays = to_arrays(progress)
+        arrays = {name: np.asarray(array) for name, array in to_arrays(progress).items()}
         record = {"format": FORMAT, "settings": self.settings}
         record["digest"] = digest(record, arrays)
-        state, record = ocp.args.StandardSave(arrays), ocp.args.JsonSave(record)
-        args = ocp.args.Composite(state=state, record=record)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+        )
         metrics = None if accuracy is None else {"test_accuracy": accuracy}
         try:
             self.manager.save(progress.step, args=args, metrics=metrics)
@@ -125,12 +125,11 @@ def open_folder(folder: Path, keep: Keep = "newest") -> ocp.CheckpointManager:
         "best": policies.AnyPreservationPolicy([newest, best]),
         "all": policies.PreserveAll(),
     }[keep]
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
         best_fn=accuracy if keep == "best" else None,  # without it, orbax stores none
         create=False,
-        multiprocessing_options=alone,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(0, active_processes={0}),
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -163,11 +162,13 @@ def load_newest(
         CheckpointError: a checkpoint is sound, but of another run.
     """
     paths = [path for path in finished(folder) if step in (None, int(path.name))]
-    stored = by_first(lambda: read_newest(paths, to_arrays(like, shapes=True), settings))
+    stored = by_first(lambda: read_newest(paths, jax.eval_shape(to_arrays, like), settings))
     if not stored:
         return None
     with np.load(io.BytesIO(stored)) as arrays:
-        return from_arrays(dict(arrays), like)
+        leaves = [jnp.asarray(arrays[name]) for name in named_leaves(like)]
+    progress: Progress = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return with_key(progress, jax.random.wrap_key_data(progress.state.key))
 
 
 def read_newest(
@@ -181,24 +182,21 @@ def read_newest(
             reason = f"{type(error).__name__}: {first_line(error)}"
             logger.warning("the checkpoint %s is damaged and passed over (%s)", path, reason)
             continue
-        other_version = CheckpointError(
-            f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
-            "this network otherwise; use that version, or train again"
-        )
-        if record["format"] != FORMAT:  # before its settings, which may be other ones
-            raise other_version
-        theirs = record["settings"]  # without settings newer than the run, which ours has as None
+        # The format before the settings, which may be other ones in another version. A setting that
+        # is newer than the run is not in its record, and None in ours.
+        theirs, known = record["settings"], record["format"] == FORMAT
         names = sorted(n for n in theirs | settings if theirs.get(n) != settings.get(n))
-        if names:
+        if known and names:
             raise CheckpointError(
                 f"the checkpoint {path} is of a run with other settings than config.json has "
                 f"({', '.join(names)}); put back the run's own files, or train again"
             )
-        shapes, expected = (
-            {name: (x.shape, x.dtype) for name, x in some.items()} for some in (arrays, like)
-        )
-        if shapes != expected:
-            raise other_version
+        shapes = [{name: (x.shape, x.dtype) for name, x in some.items()} for some in (arrays, like)]
+        if not known or shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
+                "this network otherwise; use that version, or train again"
+            )
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         return buffer.getvalue()
@@ -230,26 +228,19 @@ def digest(record: Mapping[str, Any], arrays: Arrays) -> str:
     return sha.hexdigest()
 
 
-def to_arrays(progress: Progress, shapes: bool = False) -> dict[str, Any]:
-    """The arrays of a progress, or only their shapes, by name; the key as plain numbers."""
-
-    def plain(progress: Progress) -> Progress:
-        key = jax.random.key_data(progress.state.key)
-        return progress._replace(state=progress.state._replace(key=key))
-
-    tree = jax.eval_shape(plain, progress) if shapes else plain(progress)
-    names = (
-        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    )
-    return {name: leaf if shapes else np.asarray(leaf) for name, leaf in names}
+def to_arrays(progress: Progress) -> dict[str, Any]:
+    """The arrays of a progress by name; the key as plain numbers."""
+    return named_leaves(with_key(progress, jax.random.key_data(progress.state.key)))
 
 
-def from_arrays(arrays: Arrays, like: Progress) -> Progress:
-    """The progress whose arrays these are, on the device that is in use here."""
-    leaves = [jnp.asarray(arrays[name]) for name in to_arrays(like, shapes=True)]
-    progress: Progress = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    key = jax.random.wrap_key_data(progress.state.key)
+def named_leaves(progress: Progress) -> dict[str, Any]:
+    """The leaves of a progress by name, such as "state.step"."""
+    leaves = jax.tree.leaves_with_path(progress)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def with_key(progress: Progress, key: jax.Array) -> Progress:
+    """The progress with another key."""
     return progress._replace(state=progress.state._replace(key=key))
 
 
