@@ -13,10 +13,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shlex import quote
-from typing import BinaryIO, NoReturn, TextIO
+from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
 UNMET = (
     "the processes of this run did not meet in time; start each with its own --process-id, and all "
@@ -30,17 +30,10 @@ LONGEST = 2**16
 """Bytes of C++'s text that are kept, the last ones."""
 
 
-class CrashReporter:
-    """The reporter of this process, which writes to its pipe."""
+class CrashReporter(NamedTuple):
+    """The reporter of this process, by the pipe that it reads."""
 
-    def __init__(self) -> None:
-        self.program = subprocess.Popen(
-            [sys.executable, "-I", __file__],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C does not reach it
-        )
-        assert self.program.stdin is not None
-        self.pipe = self.program.stdin.fileno()
+    pipe: int
 
     def note(self, text: str) -> None:
         """Write a note; see `MARK`."""
@@ -58,25 +51,25 @@ class CrashReporter:
 @contextmanager
 def reporting_crashes() -> Iterator[CrashReporter]:
     """Inside, what C++ prints goes to a crash reporter, and what Python prints where it went."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    reporter = CrashReporter()
-    streams = sys.stdout, sys.stderr
-    kept = [os.dup(number) for number in (1, 2)]
-    sys.stdout, sys.stderr = (
-        os.fdopen(fd, "w", 1, encoding=stream.encoding, errors=stream.errors)
-        for fd, stream in zip(kept, streams, strict=True)
-    )
-    for number in (1, 2):
-        os.dup2(reporter.pipe, number)
-    try:
+    command = [sys.executable, "-I", __file__]
+    with (  # in a session of its own, Ctrl-C does not reach it
+        subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as program,
+        ExitStack() as stack,
+    ):
+        assert program.stdin is not None
+        reporter = CrashReporter(program.stdin.fileno())
+        stack.callback(reporter.note, "done")
+        for number, name in (1, "stdout"), (2, "stderr"):
+            stream = getattr(sys, name)
+            stream.flush()
+            kept = os.dup(number)
+            encoding = {"encoding": stream.encoding, "errors": stream.errors}
+            own = stack.enter_context(os.fdopen(kept, "w", 1, **encoding))
+            stack.callback(setattr, sys, name, stream)
+            stack.callback(os.dup2, kept, number)
+            setattr(sys, name, own)
+            os.dup2(reporter.pipe, number)
         yield reporter
-    finally:
-        for fd, number in zip(kept, (1, 2), strict=True):
-            os.dup2(fd, number)
-        sys.stdout, sys.stderr = streams
-        reporter.note("done")
-        reporter.program.communicate()
 
 
 def report(source: BinaryIO, target: TextIO) -> None:
