@@ -19,16 +19,17 @@ def by_first(make: Callable[[], bytes]) -> bytes:
     """Call make in process 0 alone; all processes return its result or raise its error.
 
     Raises:
-        ValueError: in process 0, what make raises; in the others, its message.
+        ValueError, OSError: in process 0, what make raises.
+        ValueError: in the others, its message.
     """
     if jax.process_count() == 1:
         return make()
-    failure: ValueError | None = None
+    failure: Exception | None = None
     answer = b""
     if is_first():
         try:
             answer = b"+" + make()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failure, answer = error, b"-" + str(error).encode()
     answer = broadcast(answer)
     if failure is not None:

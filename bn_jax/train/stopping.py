@@ -4,6 +4,7 @@ While it trains, the run ends after the current compiled call, where it can save
 Otherwise, and at a second Ctrl-C or SIGTERM, it ends at once.
 """
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,17 +25,12 @@ def asked_to_stop() -> Iterator[Callable[[], int]]:
     one, at the same call. A Ctrl-C ends one of several processes at once, and with it the others.
     """
     if jax.process_count() > 1:
-        calls = 0
-
-        def agreed() -> int:
-            nonlocal calls
-            calls += 1
-            stop = multihost_utils.reached_preemption_sync_point(calls)
-            return STATUS[signal.SIGTERM] if stop else 0
-
-        yield agreed
+        agreed, calls = multihost_utils.reached_preemption_sync_point, itertools.count(1)
+        yield lambda: STATUS[signal.SIGTERM] if agreed(next(calls)) else 0
         return
-
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # only the main thread may handle signals
+        return
     status = 0
 
     def note(number: int, _: object) -> None:
@@ -43,9 +39,6 @@ def asked_to_stop() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         status = STATUS[signal.Signals(number)]
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # only the main thread may handle signals
-        return
     before = {number: signal.signal(number, note) for number in STATUS}
     try:
         yield lambda: status

@@ -17,11 +17,12 @@ import pytest
 from jax.experimental import multihost_utils
 
 from bn_jax.data import load
+from bn_jax.train import processes
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.crash_reporter import MARK, UNMET, report
 from bn_jax.train.evaluation import evaluate_run, load_progress
 from bn_jax.train.loop import train
-from bn_jax.train.processes import check_same
+from bn_jax.train.processes import by_first, check_same
 from bn_jax.train.run_folder import RunFolder
 from bn_jax.train.sharding import choose_devices
 from tests.train.test_interrupt import wait_until
@@ -216,6 +217,24 @@ def test_every_process_is_compared(others, names, monkeypatch):
     refused = pytest.raises(ValueError, match=f"^{names}: not the same in all processes")
     with refused if names else nullcontext():
         check_same({"seed": 1, "batch_size": 2})
+
+
+def test_what_the_system_refuses_process_0_reaches_all(monkeypatch):
+    """Else they would wait for it in vain."""
+    said = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "broadcast", lambda content: said.append(content) or content)
+
+    def refuse():
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        by_first(refuse)
+    assert said == [b"-[Errno 13] Permission denied"]
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "broadcast", lambda _: said[0])
+    with pytest.raises(ValueError, match=r"process 0 says: .*Permission denied"):
+        by_first(refuse)
 
 
 def test_each_process_makes_its_share_of_a_cpu(monkeypatch):
