@@ -13,8 +13,6 @@ from bn_jax.layers.linen import BatchNorm
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.models import CNN, MLP, TowerClassifier
 
-ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu, "tanh": nn.tanh}
-
 
 def build_average(config: TrainConfig) -> Average:
     """The moving average of the running statistics."""
@@ -36,15 +34,13 @@ def build_model(config: TrainConfig, arm: Arm) -> nn.Module:
         dtype=dtype,
     )
     # A new normalizer joins here.
-    options: dict[str, Any] = {
-        "normalization": normalization if arm == "batch" else None,
-        "dtype": dtype,
-    }
+    chosen = normalization if arm == "batch" else None
+    options: dict[str, Any] = {"normalization": chosen, "dtype": dtype}
     if config.init_std is not None:
         options["kernel_init"] = nn.initializers.normal(config.init_std)
     if config.model == "tower":
         return TowerClassifier(filters=config.filters, blocks=config.blocks, **options)
-    options |= {"activation": ACTIVATIONS[config.activation], "placement": config.placement}
+    options |= {"activation": getattr(nn, config.activation), "placement": config.placement}
     if config.model == "cnn":
         return CNN(filters=config.filters, **options)
     return MLP(hidden=config.hidden, **options)

@@ -13,17 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.flags import dashed
@@ -41,7 +32,7 @@ def progress_bars(console: Console, config: TrainConfig) -> Iterator[dict[Arm, "
         TextColumn("{task.description:>15}"),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        StatusColumn(),
+        TextColumn("{task.fields[bar]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     ) as progress:
@@ -49,47 +40,33 @@ def progress_bars(console: Console, config: TrainConfig) -> Iterator[dict[Arm, "
 
 
 class Bar:
-    """The bar of one arm."""
+    """The bar of one arm; as text, loss and accuracy, or what is being done."""
 
     def __init__(self, progress: Progress, title: str, steps: int) -> None:
-        self.progress = progress
-        self.fields = {
-            "activity": None,
-            "loss": "  –   ",
-            "accuracy": "  –  ",
-        }  # as wide as figures
-        self.task = progress.add_task(title, start=False, total=steps, **self.fields)
+        self.progress, self.activity, self.since = progress, None, 0.0
+        self.known = "loss   –     accuracy   –  "  # as wide as with figures
+        self.task = progress.add_task(title, start=False, total=steps, bar=self)
 
-    def start(self) -> None:
-        """Begin to measure time."""
-        self.progress.start_task(self.task)
+    def __str__(self) -> str:
+        seconds = int(time.monotonic() - self.since)
+        # Whatever else takes less than a second would flicker.
+        if self.activity == "compiling" or (self.activity and seconds):
+            return f"{self.activity}, {seconds} s".ljust(len(self.known))
+        return self.known
 
     def watch(self, activity: Activity | None, step: int) -> None:
-        """Show what is being done after how many steps, or that all is over."""
-        since = activity and (activity, time.monotonic())
-        self.progress.update(self.task, completed=step, activity=since)
+        """Show what begins now, after how many steps; None where all is over."""
+        self.activity, self.since = activity, time.monotonic()
+        self.progress.start_task(self.task)  # which does nothing the second time
+        self.progress.update(self.task, completed=step)
 
     def show(self, evaluations: Sequence[Evaluation]) -> None:
-        """Show the medians of the newest evaluations."""
+        """Show the medians of some evaluations; before the first step there is no loss."""
         accuracy = statistics.median(e.test_accuracy for e in evaluations)
-        fields: dict[str, Any] = {"accuracy": f"{accuracy:.4f}"}
-        if evaluations[0].step:  # before the first there is no loss
-            loss = statistics.median(e.train_loss for e in evaluations)
-            fields["loss"] = f"{loss:.4f}" if loss < 100 else f"{loss:.0e} "
-        self.progress.update(self.task, **fields)
-
-
-class StatusColumn(ProgressColumn):
-    """Loss and accuracy; or what is being done, if that takes more than a second."""
-
-    def render(self, task: Task) -> Text:
-        """The column's text; the task's field `activity` is (what, since when), or None."""
-        known = "loss {loss}  accuracy {accuracy}".format(**task.fields)
-        activity, since = task.fields["activity"] or (None, 0.0)
-        seconds = int(time.monotonic() - since)
-        if activity == "compiling" or (activity and seconds):
-            return Text(f"{activity}, {seconds} s".ljust(len(known)))
-        return Text(known)
+        loss = statistics.median(e.train_loss for e in evaluations)
+        figure = f"{loss:.4f}" if loss < 100 else f"{loss:.0e} "
+        shown = figure if evaluations[0].step else "  –   "
+        self.known = f"loss {shown}  accuracy {accuracy:.4f}"
 
 
 def describe(config: TrainConfig) -> str:

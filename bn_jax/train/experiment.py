@@ -119,7 +119,6 @@ def run_arms(config: TrainConfig, data: Dataset, folder: RunFolder, console: Con
     before, arms = folder.read_metrics(), Arms()
     with progress_bars(console, config) as bars, asked_to_stop() as status:
         for arm in config.arms:
-            bars[arm].start()
             resumed = load_progress(config, arm, data, folder)
             # The steps after the checkpoint are repeated, with the same results.
             last = np.repeat(resumed.reported_until, config.decays).tolist() if resumed else []

@@ -51,12 +51,11 @@ def check_fields(settings: Any) -> None:
     """
     kinds = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
-        value, choices = getattr(settings, field.name), typing.get_args(kinds[field.name])
-        musts = [note for note in choices if isinstance(note, Must)]
+        value, notes = getattr(settings, field.name), typing.get_args(kinds[field.name])
         if typing.get_origin(kinds[field.name]) is Literal:
-            musts = [Must(f"one of {', '.join(choices)}", choices.__contains__)]
-        for must in musts:
-            if not (must.holds(value) or (value is None and field.default is None)):
+            notes = [Must(f"one of {', '.join(notes)}", notes.__contains__)]
+        for must in notes if value is not None or field.default is not None else ():
+            if isinstance(must, Must) and not must.holds(value):
                 raise out_of_range(field.name, value, must.be)
 
 

@@ -122,9 +122,6 @@ def train(
     first, runs = data.train_images[: config.batch_size], len(config.runs)
     train_step = make_train_step(config, arm, sharding)
     score = make_score(config, arm, data, sharding)
-    sizes = {"batch_size": config.batch_size, "examples": len(data.train_images)}
-    options = {"sharding": sharding, "sample": make_sample(config, data)}
-    takes = {False: trusting, True: careful(config.max_bad_steps)}
 
     def evaluate(progress: Progress, rate: float) -> list[Evaluation]:
         """Evaluate each run, with each average, that has taken steps since the last time."""
@@ -144,18 +141,15 @@ def train(
     def compiled(steps: int, with_care: bool) -> jax.stages.Compiled:
         """A call of some steps, compiled ahead so that its first run is timed like any other."""
         watch("compiling", progress.step)
-        own = {"steps": steps, "take": takes[with_care]}
         return run_chunk.lower(
-            train_step, progress, images, labels, **sizes, **options, **own
+            *(train_step, progress, images, labels),
+            steps=steps,
+            batch_size=config.batch_size,
+            examples=len(data.train_images),
+            sharding=sharding,
+            take=careful(config.max_bad_steps) if with_care else trusting,
+            sample=make_sample(config, data),
         ).compile()
-
-    def call(steps: int, with_care: bool) -> tuple[Progress, bool, float]:
-        """Take some steps; whether they are finite, and the seconds that they took."""
-        chunk = compiled(steps, with_care)
-        watch("training", progress.step)
-        begun = time.perf_counter()
-        after, finite = jax.block_until_ready(chunk(progress, images, labels))
-        return after, bool(finite), time.perf_counter() - begun
 
     new = begin(init_runs(config, arm, first)) if resumed is None else resumed
     progress: Progress = sharding.everywhere(new)
@@ -169,16 +163,20 @@ def train(
     taken, seconds = 0, 0.0
     while not progress.is_over(config):
         size = next_call(progress.step, config.steps, config.evaluate_every, most)
-        after, finite, time_taken = call(size, half or progress.was_bad)
-        if not finite:
-            after, _, time_taken = call(size, True)
+        for with_care in (half or progress.was_bad, True):  # again, if not all steps were finite
+            chunk = compiled(size, with_care)
+            watch("training", progress.step)
+            begun = time.perf_counter()
+            after, finite = jax.block_until_ready(chunk(progress, images, labels))
+            time_taken = time.perf_counter() - begun
+            if finite:
+                break
         progress, taken, seconds = after, taken + size, seconds + time_taken
-        if progress.step % config.evaluate_every and not progress.is_over(config):
-            yield progress, []
-            continue
-        watch("evaluating", progress.step)
-        evaluations = evaluate(progress, taken * config.batch_size / seconds)
-        progress, taken, seconds = progress.reported(), 0, 0.0
+        evaluations = []
+        if progress.step % config.evaluate_every == 0 or progress.is_over(config):
+            watch("evaluating", progress.step)
+            evaluations = evaluate(progress, taken * config.batch_size / seconds)
+            progress, taken, seconds = progress.reported(), 0, 0.0
         yield progress, evaluations
 
 

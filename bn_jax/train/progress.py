@@ -101,15 +101,13 @@ def careful(limit: int) -> Take:
             in_a_row=progress.in_a_row + jnp.where(answered, 0, 1),
         )
         taken = taken._replace(in_a_row=jnp.zeros_like(progress.in_a_row))
-        going = progress.in_a_row < limit
-        return choose(going, choose(is_finite(taken), taken, undone), progress)
+        good, going = is_finite(taken), progress.in_a_row < limit
+        return jax.tree.map(
+            lambda old, new, back: jnp.where(going, jnp.where(good, new, back), old),
+            *(progress, taken, undone),
+        )
 
     return take
-
-
-def choose(condition: Bool[Array, ""], a: Progress, b: Progress) -> Progress:
-    """The progress a where the condition holds, else b."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def is_finite(tree: object) -> Bool[Array, ""]:

@@ -27,7 +27,6 @@ from bn_jax.train.sharding import ONE_DEVICE, Sharding
 from bn_jax.train.state import Images, Labels, TrainState, each_average
 from bn_jax.train.step import binarize
 
-Forward = Callable[[Any, Array], tuple[Any, Any]]
 Statistics = Literal["running", "population", "batch"]
 BATCHES = 200
 """Training batches from which population statistics are taken, as is customary."""
@@ -43,15 +42,13 @@ def make_score(
     """
     shape = len(config.runs), config.decays
     size, count = config.batch_size, len(data.test_images)
-    if config.statistics == "batch":
-        parts = max(count // size, 1)  # of about one size, so that none is a single image
-        split = (np.array_split(a, parts) for a in (data.test_images, data.test_labels))
-        test = list(zip(*split, strict=True))
-    else:
-        test = [
-            (sharding.examples(images), sharding.examples(labels, filler=-1))
-            for images, labels in in_chunks(data.test_images, data.test_labels)
-        ]
+    by_batch = config.statistics == "batch"
+    # Of about one size, so that none is a single image. Activations of all could be gigabytes.
+    parts = max(count // size, 1) if by_batch else -(-count // 1000)
+    images, labels = data.test_images, data.test_labels.astype(np.int32)
+    test = list(zip(*(np.array_split(array, parts) for array in (images, labels)), strict=True))
+    if not by_batch:  # no prediction equals a label of -1
+        test = [(sharding.examples(x), sharding.examples(y, filler=-1)) for x, y in test]
     batches = min(BATCHES, len(data.train_images) // size)
     train = data.train_images[: batches * size].reshape(batches, size, *data.train_images.shape[1:])
 
@@ -62,7 +59,7 @@ def make_score(
     def count_right(state: TrainState, images: Images, labels: Labels) -> Int[Array, ""]:
         model, variables = network(state)
         inputs = binarize(images, config.binarization, jax.random.key(0))
-        if config.statistics == "batch":
+        if by_batch:
             logits, _ = training_mode(model)(variables, inputs)
         else:
             logits: Any = model.apply(variables, inputs, train=False)
@@ -102,7 +99,7 @@ def make_score(
     return score
 
 
-def training_mode(model: nn.Module) -> Forward:
+def training_mode(model: nn.Module) -> Callable[[Any, Array], tuple[Any, Any]]:
     """A network in training mode: variables, inputs -> logits, new batch_stats."""
     return lambda variables, x: model.apply(variables, x, train=True, mutable=["batch_stats"])
 
@@ -112,18 +109,3 @@ def inputs(images: np.ndarray, batch_size: int, binarization: str) -> Iterator[A
     keys = jax.random.split(jax.random.key(0), max(len(images) // batch_size, 1))
     for key, batch in zip(keys, np.array_split(images, len(keys)), strict=True):
         yield binarize(batch, binarization, key)
-
-
-def in_chunks(
-    images: np.ndarray, labels: np.ndarray, most: int = 1000
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Examples in chunks of one size, as the activations of 10,000 images can be gigabytes.
-
-    The last chunk is padded. Padding has the label -1, which no prediction equals.
-    """
-    count = -(-len(images) // most)
-    size = -(-len(images) // count)
-    missing = count * size - len(images)
-    images = np.pad(images, [(0, missing), (0, 0), (0, 0)])
-    labels = np.pad(labels.astype(np.int32), (0, missing), constant_values=-1)
-    return list(zip(np.split(images, count), np.split(labels, count), strict=True))

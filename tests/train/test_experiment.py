@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
 from bn_jax.train import evaluation, experiment
 from bn_jax.train.checkpoint import CheckpointError, newest_checkpoint
 from bn_jax.train.config import TrainConfig
-from bn_jax.train.display import progress_bars
+from bn_jax.train.display import Bar, progress_bars
 from bn_jax.train.evaluation import evaluate_run
 from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.loop import Evaluation
@@ -275,7 +274,7 @@ def test_what_one_sees_of_what_takes_long(monkeypatch):
         bar.show([Evaluation(1, 0.5, 0.9, 60.0)])
 
         def text(activity, since):
-            bar.progress.update(bar.task, completed=0, activity=(activity, since))
+            bar.activity, bar.since = activity, since
             with screen.capture() as capture:
                 screen.print(bar.progress.get_renderable())
             return capture.get()
@@ -293,16 +292,19 @@ def test_a_bar_says_what_is_done(tmp_path, monkeypatch):
     """Before the first step is over, and never when all is over."""
     seen = []
 
-    class Recorder(Progress):
-        def update(self, task, **fields):
-            seen.append(fields.get("activity", ("evaluated",)))
-            super().update(task, **fields)
+    class Recorder(Bar):
+        def watch(self, activity, step):
+            seen.append(activity)
+            super().watch(activity, step)
 
-    monkeypatch.setattr("bn_jax.train.display.Progress", Recorder)
+        def show(self, evaluations):
+            seen.append("evaluated")
+            super().show(evaluations)
+
+    monkeypatch.setattr("bn_jax.train.display.Bar", Recorder)
     run(tmp_path / "run", norm="none")
-    names = [activity and activity[0] for activity in seen]
-    assert names[:3] == ["compiling", "evaluated", "compiling"]
-    assert names[3:] == ["training", "evaluating", "evaluated"] * 2 + [None]
+    assert seen[:3] == ["compiling", "evaluated", "compiling"]
+    assert seen[3:] == ["training", "evaluating", "evaluated"] * 2 + [None]
 
 
 def test_one_arm_alone(tmp_path, instant):
