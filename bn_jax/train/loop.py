@@ -29,28 +29,18 @@ Sample = Callable[[Array, Array, int, int, int], Int[Array, "steps batch_size"]]
 
 
 class Evaluation(NamedTuple):
-    """What is known of one run after the steps between two evaluations.
+    """What is known of one run after the steps between two evaluations."""
 
-    Attributes:
-        step: steps taken so far.
-        train_loss: mean over the batches since the last evaluation; NaN at step 0.
-        test_accuracy: of all test images.
-        examples_per_second: of the training since then, without compilation and evaluation; each
-            of several seeds at once goes through as many.
-        bad_steps: steps since then that were undone, as they were not finite.
-        diverged: whether too many of them came in a row, so that training has ended.
-        seed: of the run.
-        cell: of a grid, the number of its combination of values.
-    """
-
-    step: int
-    train_loss: float
-    test_accuracy: float
+    step: int  # how many have been taken
+    train_loss: float  # mean over the batches since the last evaluation; NaN at step 0
+    test_accuracy: float  # of all test images
+    # Of the training since then, without compilation and evaluation. Each of several seeds at once
+    # goes through as many.
     examples_per_second: float
-    bad_steps: int = 0
-    diverged: bool = False
+    bad_steps: int = 0  # since then, that were undone, as they were not finite
+    diverged: bool = False  # whether too many of them came in a row, so that training has ended
     seed: int = 0
-    cell: int = 0
+    cell: int = 0  # of a grid, the number of its combination of values
 
     @property
     def name(self) -> tuple[int, int]:
@@ -196,10 +186,8 @@ def make_sample(config: TrainConfig, data: Dataset) -> Sample:
 
 def check_data(config: TrainConfig, data: Dataset) -> None:
     """Refuse a batch that the data cannot fill."""
-    for name, most, what in (
-        ("batch_size", len(data.train_images), "training images"),
-        ("classes_per_batch", len(np.unique(data.train_labels)), "classes"),
-    ):
-        config.demand(
-            name, (getattr(config, name) or 0) <= most, f"at most {most}, the number of {what}"
-        )
+    images, classes = len(data.train_images), len(np.unique(data.train_labels))
+    fits = config.batch_size <= images
+    config.demand("batch_size", fits, f"at most {images}, the number of training images")
+    fits = (config.classes_per_batch or 1) <= classes
+    config.demand("classes_per_batch", fits, f"at most {classes}, the number of classes")

@@ -25,20 +25,14 @@ class Progress(NamedTuple):
     """All that is needed to go on, and what the next evaluation will report.
 
     Where several seeds are trained at once, each array has a leading axis of them.
-
-    Attributes:
-        state: after the last good step.
-        loss: sum of the losses of the good steps since the last evaluation.
-        good: how many steps that were.
-        bad: how many had a loss, a gradient or a parameter that is not finite.
-        in_a_row: bad steps since the last good one, evaluations or not; without those that made the
-            loss scale of float16 smaller, as the next step may then be good.
     """
 
-    state: TrainState
-    loss: Float[Array, "*seeds"]
-    good: Int[Array, "*seeds"]
-    bad: Int[Array, "*seeds"]
+    state: TrainState  # after the last good step
+    loss: Float[Array, "*seeds"]  # sum over the good steps since the last evaluation
+    good: Int[Array, "*seeds"]  # how many these are
+    bad: Int[Array, "*seeds"]  # steps since then whose loss, gradients or state were not finite
+    # Bad steps since the last good one, evaluations or not; without those that made the loss scale
+    # of float16 smaller, as the next step may then be good.
     in_a_row: Int[Array, "*seeds"]
 
     @property

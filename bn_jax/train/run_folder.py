@@ -160,7 +160,7 @@ def writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunFolderError(
             f"{path} cannot be written ({error.strerror or error}); make room or give permission, "
-            "or choose another --run-dir"
+            "or choose another folder"
         ) from error
 
 

@@ -31,26 +31,15 @@ LOSS_SCALE, LEAST_SCALE = 2.0**16, 1.0
 
 
 class TrainState(NamedTuple):
-    """All that is needed to go on.
+    """All that is needed to go on."""
 
-    Attributes:
-        params: what the optimizer learns.
-        batch_stats: running statistics of the normalizations; empty without any.
-        opt_state: the optimizer's own.
-        step: how many steps have been taken.
-        key: of the run; what a step draws depends on it and the step alone.
-        loss_scale: what the loss is multiplied by in float16; None elsewhere.
-        values: numbers of the configuration that differ between runs of one program, by name.
-            With several decays, batch_stats has a leading axis of them.
-    """
-
-    params: Any
-    batch_stats: Any
+    params: Any  # what the optimizer learns
+    batch_stats: Any  # running statistics; with several decays, on a leading axis of these
     opt_state: optax.OptState
-    step: Int[Array, ""]
-    key: Array
-    loss_scale: DynamicScale | None = None
-    values: Mapping[str, Float[Array, "..."]] = {}
+    step: Int[Array, ""]  # how many have been taken
+    key: Array  # of the run; what a step draws depends on it and the step alone
+    loss_scale: DynamicScale | None = None  # what the loss is multiplied by in float16
+    values: Mapping[str, Float[Array, "..."]] = {}  # settings that differ within the program
 
 
 def init_state(config: TrainConfig, arm: Arm, images: Images) -> TrainState:
