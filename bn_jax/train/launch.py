@@ -62,11 +62,7 @@ class Launch:
             raise ValueError(f"--process-id {number}: must be from 0{most}, one for each process")
 
     def with_environment(self, environment: Mapping[str, str]) -> "Launch":
-        """The flags, completed by the environment variables that JAX knows.
-
-        Raises:
-            ValueError: a variable is not a number, or out of range.
-        """
+        """The flags, completed by the environment variables that JAX knows."""
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         found: dict[str, Any] = {}
         for field, name in zip(dataclasses.fields(self), names, strict=False):
@@ -92,9 +88,6 @@ class Launch:
         """Keep a second process of this machine from taking the same id in the same run.
 
         JAX's service would take the second for the first, restarted, and end the run.
-
-        Raises:
-            BlockingIOError: another process has this id.
         """
         if None in self.given:  # the scheduler gives the ids
             return contextlib.nullcontext()
@@ -111,13 +104,9 @@ ALONE = Launch()
 
 
 def join(launch: Launch) -> None:
-    """Meet the other processes of a run, before JAX is in use.
+    """Meet the other processes of a run, before JAX is in use; a ValueError says why not.
 
     If they do not come within `PATIENCE`, JAX ends this process.
-
-    Raises:
-        ValueError: something is missing that neither flag nor variable gives, there is no
-            scheduler, the host is not known, or the port of this machine is taken.
     """
     flags = "--coordinator", "--processes", "--process-id"
     missing = [f for f, value in zip(flags, launch.given, strict=True) if value is None]
@@ -153,18 +142,10 @@ def join(launch: Launch) -> None:
 
 
 def check_address(address: str, here: bool) -> bool:
-    """Refuse an address for which JAX would wait in vain, or on which its service may crash.
+    """Refuse an address for which JAX would wait in vain, or `here`, where its service may crash.
 
-    Args:
-        address: host and port.
-        here: whether this process starts the service.
-
-    Returns:
-        Whether it is this machine's loopback address, on which alone process 0 then listens:
-        whoever reaches the port could end the run, or take part in it.
-
-    Raises:
-        ValueError: the host is not known, or the port of this machine is taken.
+    Returns whether it is this machine's loopback address, on which alone process 0 then listens:
+    whoever reaches the port could end the run, or take part in it.
     """
     host, port = address.rpartition(":")[0].strip("[]"), int(address.rpartition(":")[2])
     try:

@@ -1,12 +1,15 @@
 """What the processes of one run do together: process 0 decides and the others hear of it."""
 
+import pickle
 import zlib
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+Result = TypeVar("Result")
 FAILURES = ("UNKNOWN", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
 
 
@@ -15,36 +18,26 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def by_first(make: Callable[[], bytes]) -> bytes:
-    """Call make in process 0 alone; all processes return its result or raise its error.
-
-    Raises:
-        ValueError, OSError: in process 0, what make raises.
-        ValueError: in the others, its message.
-    """
+def by_first(make: Callable[[], Result]) -> Result:
+    """Call make in process 0 alone; all processes return its result, or raise its error."""
     if jax.process_count() == 1:
         return make()
-    failure: Exception | None = None
-    answer = b""
+    result = failure = None
     if is_first():
         try:
-            answer = b"+" + make()
+            result = make()
         except (ValueError, OSError) as error:
-            failure, answer = error, b"-" + str(error).encode()
-    answer = broadcast(answer)
+            failure = error
+    result, reason = pickle.loads(broadcast(pickle.dumps((result, failure and str(failure)))))
     if failure is not None:
         raise failure
-    if answer[:1] == b"-":
-        raise ValueError(f"process 0 says: {answer[1:].decode()}")
-    return answer[1:]
+    if reason is not None:
+        raise ValueError(f"process 0 says: {reason}")
+    return result
 
 
 def check_same(settings: Mapping[str, object]) -> None:
-    """Refuse to go on unless all processes were started with the same settings.
-
-    Raises:
-        ValueError: in every process, with the names of what differs.
-    """
+    """Refuse, in every process, to go on unless all were started with the same settings."""
     hashes = [zlib.crc32(repr(value).encode()) for value in settings.values()]
     everyone = multihost_utils.process_allgather(np.array(hashes, np.uint32))
     differ = [

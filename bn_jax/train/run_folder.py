@@ -44,24 +44,15 @@ class RunFolder:
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
-        path = by_first(lambda: bytes(make_folder(config)))
-        return cls(Path(os.fsdecode(path)), writes=is_first())
+        return cls(by_first(lambda: make_folder(config)), writes=is_first())
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes from training here, until the block or this process ends.
-
-        Raises:
-            BlockingIOError: another process does.
-        """
+        """Keep other processes from training here, until the block or this process ends."""
         taken = f"{self.path}: another process is training there; wait until it ends, or stop it"
         return locked(self.path, taken) if self.writes else nullcontext()
 
     def read_config(self) -> TrainConfig:
-        """The run's configuration.
-
-        Raises:
-            RunFolderError: there is none, or it is not one.
-        """
+        """The run's configuration; a RunFolderError says if there is none, or it is not one."""
         path = self.path / "config.json"
         try:
             return TrainConfig.from_json(path.read_text())
@@ -108,11 +99,7 @@ class RunFolder:
 
 
 def make_folder(config: TrainConfig) -> Path:
-    """Make a run's folder, with its configuration in it; its name is the time if none is given.
-
-    Raises:
-        RunFolderError: as `RunFolder.create`.
-    """
+    """Make a run's folder, with its configuration in it; its name is the time if none is given."""
     path = config.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     if unfit := set(str(path.absolute())) & set("[\\") - {os.sep}:
         raise RunFolderError(
@@ -165,17 +152,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def metrics_line(arm: Arm, evaluation: Evaluation, values: Mapping[str, float] = {}) -> str:
-    """One line of `metrics.jsonl`; NaN and infinity, which JSON lacks, are null.
-
-    Args:
-        arm: which arm was evaluated.
-        evaluation: its result.
-        values: in a sweep, the swept numbers of the run that was evaluated.
-    """
-    return json.dumps({"arm": arm, **values, **finite(evaluation._asdict())}) + "\n"
-
-
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with None in place of NaN and infinity."""
-    bad = {k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {key: None if key in bad else value for key, value in record.items()}
+    """One line of `metrics.jsonl`, in a sweep with the values of its run; NaN is null in JSON."""
+    numbers = evaluation._asdict().items()
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers}
+    return json.dumps({"arm": arm, **values, **finite}) + "\n"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import re
 import signal
 import socket
@@ -230,7 +231,7 @@ def test_what_the_system_refuses_process_0_reaches_all(monkeypatch):
 
     with pytest.raises(PermissionError):
         by_first(refuse)
-    assert said == [b"-[Errno 13] Permission denied"]
+    assert pickle.loads(said[0]) == (None, "[Errno 13] Permission denied")
     monkeypatch.setattr(processes, "is_first", lambda: False)
     monkeypatch.setattr(processes, "broadcast", lambda _: said[0])
     with pytest.raises(ValueError, match=r"process 0 says: .*Permission denied"):
