@@ -12,12 +12,13 @@ from bn_jax.data import Dataset, load
 from bn_jax.explain.models import explain_linen
 from bn_jax.explain.picture import draw, to_png
 from bn_jax.explain.report import Report
+from bn_jax.files import write_whole
 from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES
 from bn_jax.train.progress import Progress, begin
-from bn_jax.train.run_folder import RunFolder
+from bn_jax.train.run_folder import RunFolder, writing
 from bn_jax.train.scoring import BATCHES, Statistics, inputs, make_score, training_mode
 from bn_jax.train.state import init_runs, members
 from bn_jax.train.summary import estimate
@@ -136,4 +137,5 @@ def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tup
         name = TITLES[arm] + (f", seed {config.all_seeds[number]}" if config.seeds > 1 else "")
         reports[name] = dataclasses.replace(report, api="run", scores=own)
         yield name, reports[name]
-    folder.write(PICTURE, to_png(draw(reports)))
+    with writing(folder.path / PICTURE, otherwise="") as path:
+        write_whole(path, to_png(draw(reports)))

@@ -140,14 +140,14 @@ def make_unique(path: Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, otherwise: str = ", or choose another --run-dir") -> Iterator[Path]:
     """Turn an error of the operating system into one that also says what to do."""
     try:
         yield path
     except OSError as error:
         raise RunFolderError(
-            f"{path} cannot be written ({error.strerror or error}); make room or give permission, "
-            "or choose another folder"
+            f"{path} cannot be written ({error.strerror or error}); make room or give permission"
+            + otherwise
         ) from error
 
 

@@ -71,6 +71,7 @@ def test_a_picture_is_whole_or_not_there(runs, main, capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert "accuracy by statistics" in out  # what was found is told all the same
         assert f"error: {runs}/explain.png cannot be written (" in err
+        assert err.endswith("); make room or give permission\n")
         assert {path.name for path in runs.iterdir() if "explain" in path.name} == {"explain.png"}
     finally:
         shutil.rmtree(runs / "explain.png")
@@ -83,7 +84,9 @@ def test_what_cannot_be_explained(tmp_path, main, capsys, runs):
         assert out == ""
         return err
 
-    assert message(tmp_path / "nowhere").endswith("nowhere is no run: it has no config.json\n")
+    assert message(tmp_path / "nowhere").endswith(
+        "nowhere is no run: it has no config.json; give the folder of a run\n"
+    )
     for name, change, words in (
         ("plain", {"norm": "none"}, "has no network with batch norm to explain"),
         (
