@@ -55,18 +55,19 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self, folder: Path, settings: Mapping[str, Any], since: int = -1, keep: Keep = "newest"
     ) -> None:
         self.folder, self.settings, self.manager = folder.absolute(), dict(settings), None
-        if is_first():
+        if not is_first():
+            return
+        try:
             for path in finished(self.folder):
                 if int(path.name) > since:
                     path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.manager = open_folder(self.folder, keep)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{self.folder} cannot be opened ({first_line(error)}); move away what is "
-                    "damaged there"
-                ) from error
+            self.manager = open_folder(self.folder, keep)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be opened ({first_line(error)}); give permission, or move "
+                "away what is damaged there"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         if self.manager is not None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import jax
 
 from bn_jax.files import locked
-from bn_jax.train.flags import POSITIVE, check_fields, unset
+from bn_jax.train.flags import NOT_NEGATIVE, POSITIVE, Must, check_fields, out_of_range, unset
 
 HEARTBEAT = 30
 """Seconds of silence after which a process counts as gone, if its sockets do not tell at once."""
@@ -23,7 +23,10 @@ PATIENCE = 300
 """Seconds to wait for the others at the start: schedulers do not start all at once."""
 
 
-ADDRESS = re.compile(r"\[?(?P<host>[^]]+)\]?:(?P<port>[0-9]+)")
+def is_address(text: str) -> bool:
+    """Whether a text is a host and a port."""
+    port = re.fullmatch(r".+:([0-9]+)", text)
+    return port is not None and 0 < int(port[1]) < 2**16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,23 +46,19 @@ class Launch:
     """
 
     coordinator: Annotated[
-        str | None, unset("HOST:PORT", "$JAX_COORDINATOR_ADDRESS, else there is one process")
+        str | None,
+        Must("HOST:PORT, e.g. 127.0.0.1:7788", is_address),
+        unset("HOST:PORT", "$JAX_COORDINATOR_ADDRESS, else there is one process"),
     ] = None
     processes: Annotated[int | None, POSITIVE, unset("INT", "$JAX_NUM_PROCESSES")] = None
-    process_id: Annotated[int | None, unset("INT", "$JAX_PROCESS_ID")] = None
+    process_id: Annotated[int | None, NOT_NEGATIVE, unset("INT", "$JAX_PROCESS_ID")] = None
     distributed: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
-        address = ADDRESS.fullmatch(self.coordinator or "host:1")
-        if address is None or not 0 < int(address["port"]) < 2**16:
-            raise ValueError(
-                f"--coordinator {self.coordinator}: must be HOST:PORT, e.g. 127.0.0.1:7788"
-            )
-        number = self.process_id or 0
-        if not 0 <= number < (self.processes or number + 1):
-            most = f" to {self.processes - 1}" if self.processes else ""
-            raise ValueError(f"--process-id {number}: must be from 0{most}, one for each process")
+        if self.processes is not None and (self.process_id or 0) >= self.processes:
+            rule = f"from 0 to {self.processes - 1}, one for each process"
+            raise out_of_range("process_id", self.process_id, rule)
 
     def with_environment(self, environment: Mapping[str, str]) -> "Launch":
         """The flags, completed by the environment variables that JAX knows."""

@@ -91,7 +91,7 @@ ONE_DEVICE = Sharding()
 
 
 def make_sharding(devices: int | None, runs: bool = False) -> Sharding:
-    """The sharding over so many devices, equally many of each process.
+    """The sharding over so many devices, equally many of each process, which may leave some out.
 
     Args:
         devices: how many; None for one, or, where there are several processes, for all.
@@ -105,18 +105,19 @@ def make_sharding(devices: int | None, runs: bool = False) -> Sharding:
         return ONE_DEVICE
     (here,) = jnp.zeros(()).devices()  # where new arrays go, which --device may have changed
     present = jax.devices(here.platform)
-    devices = devices or len(present)
+    parts = [[d for d in present if d.process_index == p] for p in range(processes)]
+    most = min(map(len, parts)) * processes
+    devices = devices or most
     if devices % processes:
         raise ValueError(
             f"--devices {devices}: must be a multiple of {processes}, the number of processes"
         )
-    if devices > len(present):
+    if devices > most:
         raise ValueError(
-            f"--devices {devices}: JAX has {len(present)} of kind {here.platform} here; choose "
-            "fewer, or, to split the CPU, --device cpu before JAX is in use"
+            f"--devices {devices}: JAX has {most} of kind {here.platform} here; choose fewer, "
+            "or, to split the CPU, --device cpu before JAX is in use"
         )
-    each = devices // processes
-    chosen = [[d for d in present if d.process_index == p][:each] for p in range(processes)]
+    chosen = [part[: devices // processes] for part in parts]
     return Sharding(Mesh(np.ravel(chosen), (DATA,)), runs)
 
 

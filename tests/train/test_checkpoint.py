@@ -130,11 +130,15 @@ def test_a_damaged_score_is_one_line(tmp_path):
         checkpoints.save(at(5), 0.5)
     for path in tmp_path.glob("5/metrics/*"):
         path.write_text("{")
-    with pytest.raises(
-        CheckpointError, match=r"cannot be opened \(.*\); move away what is damaged"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be opened \(.*\); give permission, or move"):
         Checkpoints(tmp_path, SETTINGS, since=5, keep="best")
     gc.collect()
+
+
+def test_where_no_folder_can_be(tmp_path):
+    (tmp_path / "batch").touch()
+    with pytest.raises(CheckpointError, match=r"batch cannot be opened \(.*\); give permission"):
+        Checkpoints(tmp_path / "batch", SETTINGS)
 
 
 def test_only_what_is_finished_counts(tmp_path):

@@ -101,10 +101,14 @@ def test_one_device_has_no_mesh(devices):
     assert make_sharding(devices) is ONE_DEVICE
 
 
-@pytest.mark.parametrize(("devices", "chosen"), [(None, [0, 1, 2, 3, 4, 5]), (4, [0, 1, 3, 4])])
-def test_processes_have_equal_parts_of_the_mesh(devices, chosen, monkeypatch):
-    """Of two processes with three devices each."""
-    present = [SimpleNamespace(process_index=i // 3, id=i) for i in range(6)]
+@pytest.mark.parametrize(
+    ("seventh", "devices", "chosen"),
+    [((), None, [0, 1, 2, 3, 4, 5]), ((), 4, [0, 1, 3, 4]), ((1,), 4, [0, 1, 3, 4])],
+)
+def test_processes_have_equal_parts_of_the_mesh(seventh, devices, chosen, monkeypatch):
+    """Of two processes with three devices each, or one more in the second."""
+    owners = (0, 0, 0, 1, 1, 1, *seventh)
+    present = [SimpleNamespace(process_index=owner, id=i) for i, owner in enumerate(owners)]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "devices", lambda _: present)
     monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: [d.id for d in devices])

@@ -52,7 +52,7 @@ def test_variables_give_what_flags_do_not():
         ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: must be an integer of at least 0"),
         ({"JAX_PROCESS_ID": "4"}, "--process-id 4: must be from 0 to 3, one for each process"),
         ({"JAX_NUM_PROCESSES": "0"}, "--processes 0: must be a positive integer"),
-        ({"JAX_COORDINATOR_ADDRESS": "here"}, "--coordinator here: must be HOST:PORT, e.g. "),
+        ({"JAX_COORDINATOR_ADDRESS": "here"}, "--coordinator 'here': must be HOST:PORT, e.g. "),
     ],
 )
 def test_a_variable_that_makes_no_sense(variables, message):
@@ -63,13 +63,13 @@ def test_a_variable_that_makes_no_sense(variables, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"coordinator": "here"}, "--coordinator here: must be HOST:PORT"),
-        ({"coordinator": ":7788"}, "--coordinator :7788: must be HOST:PORT"),
-        ({"coordinator": "a:\u0667"}, "--coordinator a:\u0667: must be HOST:PORT"),
-        ({"coordinator": "a:7²"}, "--coordinator a:7²: must be HOST:PORT"),
-        ({"coordinator": "a:65536"}, "--coordinator a:65536: must be HOST:PORT"),
+        ({"coordinator": "here"}, "--coordinator 'here': must be HOST:PORT"),
+        ({"coordinator": ":7788"}, "--coordinator ':7788': must be HOST:PORT"),
+        ({"coordinator": "a:\u0667"}, "--coordinator 'a:\u0667': must be HOST:PORT"),
+        ({"coordinator": "a:7²"}, "--coordinator 'a:7²': must be HOST:PORT"),
+        ({"coordinator": "a:65536"}, "--coordinator 'a:65536': must be HOST:PORT"),
         ({"processes": 0}, "--processes 0: must be a positive integer"),
-        ({"process_id": -1}, "--process-id -1: must be from 0, one"),
+        ({"process_id": -1}, "--process-id -1: must be an integer of at least 0"),
         ({"process_id": 2, "processes": 2}, "--process-id 2: must be from 0 to 1, one"),
     ],
 )
