@@ -18,10 +18,11 @@ from pathlib import Path
 from shlex import quote
 from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
-UNMET = (
-    "the processes of this run did not meet in time; start each with its own --process-id, and all "
-    "with the same --coordinator, an address of process 0's machine, and --processes"
+REMEDY = (
+    "start each with its own --process-id, and all with the same --processes and --coordinator, an "
+    "address of process 0's machine and a port that is free there"
 )
+UNMET = f"the processes of this run did not meet in time; {REMEDY}"
 GONE = "another process of this run is gone, so this one ends too"
 FATAL = b"distributed service detected fatal errors"
 MARK = b"\0bn-jax "

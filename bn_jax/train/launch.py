@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import jax
 
 from bn_jax.files import locked
+from bn_jax.train.crash_reporter import REMEDY
 from bn_jax.train.flags import NOT_NEGATIVE, POSITIVE, Must, check_fields, out_of_range, unset
 
 HEARTBEAT = 30
@@ -107,13 +108,6 @@ def join(launch: Launch) -> None:
 
     If they do not come within `PATIENCE`, JAX ends this process.
     """
-    flags = "--coordinator", "--processes", "--process-id"
-    missing = [f for f, value in zip(flags, launch.given, strict=True) if value is None]
-    if missing and not launch.distributed:
-        raise ValueError(
-            f"{' and '.join(missing)}: must be given too for a run of several processes; or let "
-            "--distributed take it from the scheduler"
-        )
     local = launch.coordinator and check_address(launch.coordinator, launch.process_id == 0)
     # JAX waits in C++, where Python's handler of Ctrl-C does not run.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -127,14 +121,9 @@ def join(launch: Launch) -> None:
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        if missing:
-            raise ValueError(
-                f"--distributed: JAX finds no scheduler that gives {' and '.join(missing)} "
-                f"({reason}); give what is missing by flags"
-            ) from error
         raise ValueError(
-            f"--coordinator {launch.coordinator}: the processes cannot meet there ({reason}); "
-            "choose an address of process 0's machine and a port that is free"
+            f"the processes of this run cannot meet ({reason}); {REMEDY}, or let --distributed "
+            "take what is missing from a scheduler"
         ) from error
     finally:
         signal.signal(signal.SIGINT, handler)

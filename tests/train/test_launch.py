@@ -8,6 +8,7 @@ import socket
 
 import jax
 import pytest
+from jax._src.distributed import State
 
 from bn_jax.train.launch import ALONE, Launch, join
 
@@ -91,21 +92,22 @@ def test_what_jax_is_asked(calls):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_is_missing(calls):
-    message = "--processes and --process-id: must be given too for a run of several processes"
-    with pytest.raises(ValueError, match=f"^{message}"):
-        join(Launch(coordinator="a:1"))
-    assert calls == []
-
-
-def test_no_scheduler(monkeypatch):
-    def initialize(*_, **__):
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    message = "--distributed: JAX finds no scheduler that gives --coordinator and --process-id (coo"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        join(Launch(processes=2, distributed=True))
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"processes": 2}, "coordinator_address should be defined."),
+        ({"coordinator": "127.0.0.1:1", "process_id": 1}, "Number of processes must be defined."),
+        ({"coordinator": "127.0.0.1:1", "processes": 2}, "The process id of the current process"),
+        ({"processes": 2, "distributed": True}, "coordinator_address should be defined."),
+    ],
+)
+def test_what_is_missing(fields, reason, monkeypatch):
+    """In JAX's words, which come before anything is started; and what to do."""
+    # Without the check that JAX is not in use yet, which it is here.
+    monkeypatch.setattr(jax.distributed, "initialize", State().initialize)
+    message = rf"^the processes of this run cannot meet \({reason}.*\); start each with its own"
+    with pytest.raises(ValueError, match=rf"{message}.*or let --distributed take"):
+        join(Launch(**fields))
 
 
 def test_no_place_to_meet(monkeypatch):
@@ -113,10 +115,8 @@ def test_no_place_to_meet(monkeypatch):
         raise RuntimeError("UNKNOWN: port taken\nand more")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    message = (
-        "--coordinator 10.0.0.1:1: the processes cannot meet there (UNKNOWN: port taken); choose"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    message = r"^the processes of this run cannot meet \(UNKNOWN: port taken\); start each"
+    with pytest.raises(ValueError, match=message):
         join(Launch(coordinator="10.0.0.1:1", processes=2, process_id=1))
 
 
