@@ -146,11 +146,8 @@ def load_newest(
     Args:
         folder: of the arm's checkpoints.
         like: of the same network and optimizer; its shapes matter alone.
-        settings: of the run and arm.
+        settings: of the run and arm; a CheckpointError says if a sound checkpoint has others.
         step: to look at the checkpoint of this step alone; None for all.
-
-    Raises:
-        CheckpointError: a checkpoint is sound, but of another run.
     """
     paths = [path for path in finished(folder) if step in (None, int(path.name))]
     arrays = by_first(lambda: read_newest(paths, jax.eval_shape(to_arrays, like), settings))

@@ -35,11 +35,9 @@ class Sharding:
     runs: bool = False
 
     def examples(self, array: np.ndarray, filler: int = 0) -> Array:
-        """Shard an array of examples: each device gets its share of them.
+        """Shard an array of examples, with a filler appended until all shares are equal.
 
-        Args:
-            array: the same in each process, which copies only what its own devices hold.
-            filler: appended until all shares are equal.
+        It is the same in each process, which copies only what its own devices hold.
         """
         if self.mesh is None:
             return jnp.asarray(array)
@@ -72,26 +70,22 @@ class Sharding:
     def each_run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Under jit: call a function for each run, and copy the results to every device.
 
-        Args:
-            function: takes one run first.
-            arguments: first a tree with a leading axis of runs; the others are the same for all.
+        The first argument has a leading axis of runs; the others are the same for all.
         """
         mapped = jax.vmap(function, (0, *[None] * (len(arguments) - 1)))
         if self.mesh is None or not self.runs:
             return mapped(*arguments)
         own, same = PartitionSpec(DATA), PartitionSpec()
-        specs = (own, *[same] * (len(arguments) - 1))
-        sharded = jax.shard_map(
-            mapped, mesh=self.mesh, in_specs=specs, out_specs=own, check_vma=False
-        )
-        return jax.lax.with_sharding_constraint(sharded(*arguments), NamedSharding(self.mesh, same))
+        specs = {"in_specs": (own, *[same] * (len(arguments) - 1)), "out_specs": own}
+        results = jax.shard_map(mapped, mesh=self.mesh, **specs, check_vma=False)(*arguments)
+        return jax.lax.with_sharding_constraint(results, NamedSharding(self.mesh, same))
 
 
 ONE_DEVICE = Sharding()
 
 
 def make_sharding(devices: int | None, runs: bool = False) -> Sharding:
-    """The sharding over so many devices, equally many of each process, which may leave some out.
+    """The sharding over so many devices, equally many of each process.
 
     Args:
         devices: how many; None for one, or, where there are several processes, for all.
@@ -122,17 +116,10 @@ def make_sharding(devices: int | None, runs: bool = False) -> Sharding:
 
 
 def choose_devices(device: str, devices: int | None, processes: int = 1) -> None:
-    """Make JAX, before it is in use, compute on a kind of device, and split the CPU.
+    """Make JAX, before it is in use, compute on a kind of device, and split the CPU into several.
 
-    Other kinds of device cannot be split; `make_sharding` says if there are too few.
-
-    Args:
-        device: the kind, or "auto".
-        devices: how many in all processes together; None for one in each.
-        processes: how many processes the run has.
-
-    Raises:
-        ValueError: there are none of this kind, or more than `MOST` in a process.
+    Other kinds of device cannot be split; `make_sharding` says if there are too few. A ValueError
+    says if there are none of this kind, or more than `MOST` in a process.
     """
     each = (devices or 1) // processes
     if each > MOST:
