@@ -135,7 +135,7 @@ CAUSES = (
         everywhere(
             "rows = np.random.default_rng(epoch).permutation(len(images))\n"
             "images, labels = images[rows], labels[rows]",
-            "bn-jax train  # it shuffles",
+            "bn-jax train  # without --classes-per-batch, it shuffles",
         ),
     ),
     Cause(

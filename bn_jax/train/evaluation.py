@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from bn_jax.data import Dataset, load
 from bn_jax.explain.models import explain_linen
@@ -17,6 +19,7 @@ from bn_jax.train.build import build_model
 from bn_jax.train.checkpoint import CheckpointError, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES
+from bn_jax.train.loop import make_sample
 from bn_jax.train.progress import Progress, begin
 from bn_jax.train.run_folder import RunFolder, writing
 from bn_jax.train.scoring import BATCHES, Statistics, inputs, make_score, training_mode
@@ -101,7 +104,7 @@ def evaluate_run(
 def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tuple[str, Report]]:
     """The report on each network with batch norm, under its name; then writes their picture.
 
-    Its statistics are compared with those of 200 batches of training images, and of 60 batches
+    Its statistics are compared with those of 200 batches, drawn as in training, and of 60 batches
     of test images; and the test images are scored by each kind of statistics.
 
     Raises:
@@ -124,12 +127,15 @@ def explain_run(folder: RunFolder, data_dir: Path | None = None) -> Iterator[tup
         kind: make_score(config.with_values({"statistics": kind}), arm, data)(state)
         for kind in ("running", "population", "batch")
     }
+    count = len(data.train_images)
+    batches = jax.random.key(0), jnp.int32(0), min(BATCHES, count // size), size, count
+    train = data.train_images[np.ravel(make_sample(config, data)(*batches))]
     reports: dict[str, Report] = {}
     for number, one in enumerate(members(state, config)):
         report = explain_linen(
             training_mode(build_model(config, arm)),
             {"params": one.params, "batch_stats": one.batch_stats},
-            inputs(data.train_images[: BATCHES * size], size, config.binarization),
+            inputs(train, size, config.binarization),
             inputs(data.test_images[: EVALUATED * size], size, config.binarization),
             batch_size=size,
         )

@@ -34,8 +34,10 @@ def read_axes(over: tuple[str, ...]) -> Axes:
 
 def are_axes(over: Any) -> bool:
     """Whether a value is what a sweep may be over."""
+    if not is_tuple(over, lambda axis: isinstance(axis, str)):
+        return False
     try:
-        axes = read_axes(over) if is_tuple(over, lambda axis: isinstance(axis, str)) else {}
+        axes = read_axes(over)
     except ValueError:  # not a number
         return False
     different = all(len({*values}) == len(values) for values in axes.values())

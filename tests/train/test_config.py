@@ -136,7 +136,7 @@ OUT_OF_RANGE = [
         ("over", over, "NAME=NUMBER,NUMBER,… with NAME one of learning-rate, init-std, decay, ")
         for over in (
             *("learning-rate=1", ("learning-rate",), ("learning-rate=a",), ("seed=1",), (3,)),
-            *(("decay=0.1", "decay=0.2"), ("decay=0.1,0.1",), ("decay=",)),
+            *(("decay=0.1", "decay=0.2"), ("decay=0.1,0.1",), ("decay=",), 5),
         )
     ),
     ("tensorboard", 1, "True or False"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bn_jax.train import evaluation
 from bn_jax.train.checkpoint import Checkpoints
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.evaluation import arm_settings
@@ -56,6 +57,7 @@ def test_every_network_is_explained(runs, main, capsys):
         assert "\nother weights (all layers): running statistics do not belong" in part
         remedy = f"bn-jax evaluate '{runs}' --statistics population"  # as one would type it
         assert f"\nRemedy:\n    {remedy}\n" in part
+    assert "pure batches" not in out
     assert out.endswith(f"\nPicture: {runs}/explain.png\n")
     with Image.open(runs / "explain.png") as picture:
         picture.load()
@@ -102,6 +104,27 @@ def test_what_cannot_be_explained(tmp_path, main, capsys, runs):
         config = json.loads((runs / "config.json").read_text()) | change
         (folder / "config.json").write_text(json.dumps(config))
         assert message(folder) == f"error: {folder} {words}\n"
+
+
+def test_batches_are_drawn_as_in_training(tmp_path, monkeypatch, digits):
+    """So that of class-pure batches, one learns that they are."""
+    options = {"classes_per_batch": 1, "binarization": "none"}
+    folder = make_run(tmp_path / "run", digits.test_images[:2], **options)
+    seen = []
+
+    def explain_linen(forward, variables, train, test, **_):
+        seen.extend(train)
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluation, "explain_linen", explain_linen)
+    monkeypatch.setattr(evaluation, "make_score", lambda *_: lambda _: None)
+    with pytest.raises(InterruptedError):
+        next(evaluation.explain_run(RunFolder(folder)))
+    assert len(seen) == 12
+    # Class k lights rows 4 + 2k and 5 + 2k.
+    classes = [np.asarray(x)[:, 4:24].reshape(20, 10, -1).min(-1).argmax(-1) for x in seen]
+    assert all(len({*some.tolist()}) == 1 for some in classes)
+    assert len({some[0] for some in classes}) > 1
 
 
 @pytest.mark.slow
