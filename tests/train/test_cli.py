@@ -167,7 +167,7 @@ def mistakes(start, finish, tmp_path_factory):
         ("batch", r"^error: --batch-size 60001: must be at most 60000, the number of .*\n$"),
         ("taken", r"^error: --run-dir taken: already holds a run; choose a new folder.*\n$"),
         ("data", r"^error: .*nowhere: found neither train-images-idx3-ubyte.*\n$"),
-        ("run", r"^error: nowhere is no run: it has no config.json\n$"),
+        ("run", r"^error: nowhere is no run: it has no config.json; give the folder of a run\n$"),
     ],
 )
 def test_a_mistake_is_one_message(name, message, mistakes):
