@@ -65,9 +65,9 @@ def run_chunk(
     take: Take = trusting,
     sample: Sample = batch_indices,
 ) -> tuple[Progress, Bool[Array, ""]]:
-    """Take some steps, in each of the runs; whether all came out finite comes with the progress.
+    """Take some steps in each of the runs, and tell whether all numbers are finite after them.
 
-    If images and labels are padded to equal shards, `examples` says how many are some.
+    Images and labels may be padded to equal shards; `examples` is their number without padding.
     """
 
     def chunk(progress: Progress, images: Images, labels: Labels) -> tuple[Progress, Array]:

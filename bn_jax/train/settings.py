@@ -132,8 +132,8 @@ class OptimizerSettings:
         weight_decay: Decoupled weight decay, times the learning rate. Spares biases and batch
             norm's scale.
         batch_size: Examples per step.
-        classes_per_batch: Draw each batch from this many classes only, equally many examples of
-            each, as where examples do not come in random order.
+        classes_per_batch: Draw each batch from this many classes only, with equally many examples
+            of each.
         micro_batches: Split each batch into this many parts, one after the other, to save memory.
             Each part is normalized by its own statistics; the running statistics move once per
             step.
