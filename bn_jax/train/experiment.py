@@ -87,7 +87,7 @@ def run_experiment(
     make_sharding(config.devices, config.splits_runs)
     data = load(config.dataset, data_dir=config.data_dir)
     check_data(config, data)
-    folder = RunFolder(resume, writes=is_first()) if resume else RunFolder.create(config)
+    folder = RunFolder(resume) if resume else RunFolder.create(config)
     started(folder)
     with folder.locked():
         try:

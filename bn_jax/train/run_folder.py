@@ -1,5 +1,6 @@
 """The folder of a run: its settings, its evaluations, its summary and its checkpoints."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,34 +23,30 @@ class RunFolderError(ValueError):
     """A run's folder cannot be made or read."""
 
 
+@dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The files of one run.
 
     `config.json` is written first; `metrics.jsonl` grows by a line per evaluation; `summary.json`
     and `curves.png` come at the end; `checkpoints/ARM/STEP` from time to time. Except for
-    `metrics.jsonl`, each is there whole or not at all.
-
-    Args:
-        path: of the folder.
-        writes: False for a process that leaves all writing to another one.
+    `metrics.jsonl`, each is there whole or not at all. Of several processes, the first writes.
     """
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+    path: Path
 
     @classmethod
     def create(cls, config: TrainConfig) -> "RunFolder":
-        """A new folder for a run; of several processes, the first makes it and alone writes there.
+        """A new folder for a run, made by the first process.
 
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
-        return cls(by_first(lambda: make_folder(config)), writes=is_first())
+        return cls(by_first(lambda: make_folder(config)))
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training here, until the block or this process ends."""
         taken = f"{self.path}: another process is training there; wait until it ends, or stop it"
-        return locked(self.path, taken) if self.writes else nullcontext()
+        return locked(self.path, taken) if is_first() else nullcontext()
 
     def read_config(self) -> TrainConfig:
         """The run's configuration; a RunFolderError says if there is none, or it is not one."""
@@ -71,13 +68,13 @@ class RunFolder:
 
     def append(self, name: str, line: str) -> None:
         """Append a line to a file."""
-        if self.writes:
+        if is_first():
             with writing(self.path / name) as path, path.open("a") as file:
                 file.write(line)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file, whole or not at all."""
-        if self.writes:
+        if is_first():
             with writing(self.path / name) as path:
                 write_whole(path, content.encode() if isinstance(content, str) else content)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bn_jax.train import run_folder
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.loop import Evaluation
 from bn_jax.train.run_folder import RunFolder, RunFolderError, make_folder
@@ -101,7 +102,7 @@ def test_of_two_runs_that_find_one_folder_empty_one_gets_it(tmp_path, monkeypatc
     assert RunFolder(tmp_path).read_config().seed == 1
 
 
-def test_one_trains_in_a_folder_and_another_is_refused(tmp_path):
+def test_one_trains_in_a_folder_and_another_is_refused(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     message = rf"{tmp_path}: another process is training there; wait until it ends"
     with folder.locked(), pytest.raises(BlockingIOError, match=message), folder.locked():
@@ -114,9 +115,13 @@ def test_one_trains_in_a_folder_and_another_is_refused(tmp_path):
         pass
     with folder.locked():
         assert names(tmp_path) == []
-    # Of the processes of one run, the first alone has the lock.
-    with folder.locked(), RunFolder(tmp_path, writes=False).locked():
-        pass
+    # Of the processes of one run, the first alone has the lock, and writes.
+    with folder.locked():
+        monkeypatch.setattr(run_folder, "is_first", lambda: False)
+        with folder.locked():
+            folder.write("summary.json", "{}")
+            folder.append("metrics.jsonl", "{}")
+    assert names(tmp_path) == []
 
 
 def test_a_link_under_a_name_for_what_is_being_written_is_not_followed(tmp_path, monkeypatch):
