@@ -17,7 +17,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import cast
 
-import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from bn_jax.data.catalog import CatalogEntry, DataFile
 from bn_jax.data.idx import encode_idx
@@ -58,7 +58,7 @@ def read_folder(entry: CatalogEntry, path: Path) -> Contents:
 def open_npz(path: Path, name: str) -> io.BufferedReader:
     """Opens one array of an archive with Keras' names, such as ``x_train``, as the IDX file."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, NpzFile(stream) as arrays:
             return io.BufferedReader(io.BytesIO(encode_idx(arrays[name])))
     except Exception as error:  # zipfile and numpy name no class for all that can be wrong
         raise DataError(

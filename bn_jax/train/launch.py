@@ -41,9 +41,6 @@ class Launch:
         process_id: Which of them this is, from 0. Process 0 shows and writes the run.
         distributed: Take what is not given from the scheduler that started the processes, as far
             as JAX knows it: Slurm, Open MPI, Kubernetes, TPU pods.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     coordinator: Annotated[
@@ -55,14 +52,12 @@ class Launch:
     process_id: Annotated[int | None, NOT_NEGATIVE, unset("INT", "$JAX_PROCESS_ID")] = None
     distributed: bool = False
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.processes is not None and (self.process_id or 0) >= self.processes:
-            rule = f"from 0 to {self.processes - 1}, one for each process"
-            raise out_of_range("process_id", self.process_id, rule)
-
     def with_environment(self, environment: Mapping[str, str]) -> "Launch":
-        """The flags, completed by the environment variables that JAX knows."""
+        """The flags, completed by the environment variables that JAX knows.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         found: dict[str, Any] = {}
         for field, name in zip(dataclasses.fields(self), names, strict=False):
@@ -72,7 +67,12 @@ class Launch:
             if field.name != "coordinator" and not re.fullmatch("[0-9]+", text):
                 raise ValueError(f"{name}={text}: must be an integer of at least 0")
             found[field.name] = text if field.name == "coordinator" else int(text)
-        return dataclasses.replace(self, **found)
+        launch = dataclasses.replace(self, **found)
+        check_fields(launch)
+        if launch.processes is not None and (launch.process_id or 0) >= launch.processes:
+            rule = f"from 0 to {launch.processes - 1}, one for each process"
+            raise out_of_range("process_id", launch.process_id, rule)
+        return launch
 
     @property
     def is_alone(self) -> bool:
@@ -122,8 +122,8 @@ def join(launch: Launch) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the processes of this run cannot meet ({reason}); {REMEDY}, or let --distributed "
-            "take what is missing from a scheduler"
+            f"the processes of this run cannot meet ({reason}); {REMEDY}; with a scheduler, "
+            "--distributed takes what is missing from it"
         ) from error
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -72,14 +72,18 @@ def test_an_archive_of_arrays_passes_the_same_gates(tmp_path, synthetic, place):
         (lambda x: x | {"x_train": np.zeros(10**6, np.uint8)}, "found more than 15,696 bytes"),
         (lambda x: x | {"x_train": np.array([{}])}, "no array x_train that can be read"),
         (lambda x: {"y_train": x["y_train"]}, "no array x_train that can be read"),
-        (None, "no array x_train that can be read"),
+        (
+            b"PK\x03\x04" + bytes(100),
+            r"no array x_train that can be read \(File is not a zip file\)",
+        ),
+        (b"anything", r"no array x_train that can be read \(File is not a zip file\)"),
     ],
-    ids=["value", "short", "wide", "long", "pickle", "missing", "junk"],
+    ids=["value", "short", "wide", "long", "pickle", "missing", "cut", "junk"],
 )
 def test_an_archive_with_other_arrays_is_an_error(tmp_path, synthetic, change, message):
     path = tmp_path / "synthetic.npz"
-    if change is None:
-        path.write_bytes(b"PK\x03\x04" + bytes(100))
+    if isinstance(change, bytes):
+        path.write_bytes(change)
     else:
         save_npz(path, synthetic, change)
     with pytest.raises(DataError, match=message) as caught:

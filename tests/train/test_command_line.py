@@ -63,6 +63,9 @@ MISTAKES = {
     "train --norm none --decay 0.99": "--decay: has no effect with --norm none",
     "train --average cumulative --decay 0.99": "--decay: has no effect with --average cumulative, "
     "which weighs all steps alike",
+    "train --coordinator here": "--coordinator 'here': must be HOST:PORT, e.g. 127.0.0.1:7788",
+    "train --processes 2 --process-id 2": "--process-id 2: must be from 0 to 1, one for each "
+    "process",
     "train --decay -1": "--decay -1.0: must be between 0 and 1",
     "sweep": "--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5",
     "sweep --over decay=0.9 --decay 0.9": "--decay: has no effect with --over; its values come "

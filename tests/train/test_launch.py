@@ -76,7 +76,7 @@ def test_a_variable_that_makes_no_sense(variables, message):
 )
 def test_a_flag_that_makes_no_sense(fields, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        Launch(**fields)
+        Launch(**fields).with_environment({})
 
 
 @pytest.mark.usefixtures("heeded")
@@ -106,7 +106,7 @@ def test_what_is_missing(fields, reason, monkeypatch):
     # Without the check that JAX is not in use yet, which it is here.
     monkeypatch.setattr(jax.distributed, "initialize", State().initialize)
     message = rf"^the processes of this run cannot meet \({reason}.*\); start each with its own"
-    with pytest.raises(ValueError, match=rf"{message}.*or let --distributed take"):
+    with pytest.raises(ValueError, match=rf"{message}.*; with a scheduler, --distributed"):
         join(Launch(**fields))
 
 
