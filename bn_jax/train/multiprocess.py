@@ -12,9 +12,11 @@ from bn_jax.train.config import TrainConfig
 from bn_jax.train.crash_reporter import reporting_crashes
 from bn_jax.train.experiment import Diverged, Interrupted, run_experiment
 from bn_jax.train.launch import Launch, join
-from bn_jax.train.processes import find_collective_failure, is_first
+from bn_jax.train.processes import is_first
 from bn_jax.train.sharding import choose_devices
 from bn_jax.train.stopping import STATUS
+
+FAILURES = ("UNKNOWN", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
 
 
 def run_with_others(
@@ -52,3 +54,16 @@ def run_with_others(
             # As in `main`: an error that the user can mend has no traceback.
             known = isinstance(error, ValueError | OSError)
             reporter.leave(f"error: {error}\n" if known else traceback.format_exc(), 1 + known)
+
+
+def find_collective_failure(error: BaseException | None) -> str | None:
+    """The first line of an error, or of its causes, that a collective raises if a process is gone.
+
+    Such errors are of several classes; their text begins with one of XLA's status codes.
+    """
+    while error is not None:
+        first, *_ = str(error).splitlines() or [""]
+        if first.split(":")[0] in FAILURES:
+            return first
+        error = error.__cause__ or error.__context__
+    return None

@@ -10,7 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 Result = TypeVar("Result")
-FAILURES = ("UNKNOWN", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
 
 
 def is_first() -> bool:
@@ -59,16 +58,3 @@ def broadcast(content: bytes) -> bytes:
     if is_first():
         padded[:] = np.frombuffer(content, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
-
-
-def find_collective_failure(error: BaseException | None) -> str | None:
-    """The first line of an error, or of its causes, that a collective raises if a process is gone.
-
-    Such errors are of several classes; their text begins with one of XLA's status codes.
-    """
-    while error is not None:
-        first, *_ = str(error).splitlines() or [""]
-        if first.split(":")[0] in FAILURES:
-            return first
-        error = error.__cause__ or error.__context__
-    return None
