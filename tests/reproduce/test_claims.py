@@ -11,6 +11,7 @@ from bn_jax.reproduce.claim import verdict
 from bn_jax.reproduce.claims import (
     CLAIMS,
     batch_size,
+    covariate_shift,
     figure_1,
     learning_rates,
     population,
@@ -130,6 +131,7 @@ PUBLISHED = {
             "accuracy": [seeds(0.1), seeds(0.5), seeds(score)],
             "change": [seeds(0.5)] + 2 * [seeds(change)],
             "cosine": [],
+            "drift": 2 * [seeds(change)],
         }
         for arm, score, change in (("with", 0.96, 0.01), ("without", 0.92, 0.1))
     },
@@ -194,6 +196,11 @@ def test_every_claim_says_all_that_the_report_shows():
             assert text == text.strip()
             assert len(text) > 8, (claim.name, field)
             assert "  " not in text
+
+
+def test_drift_is_the_change_of_the_mean_in_standard_deviations():
+    means, stds = np.array([[[0.0, 0.0]], [[3.0, 4.0]]]), np.array([[[1.0, 2.0]], [[9.0, 9.0]]])
+    np.testing.assert_allclose(covariate_shift.drift(means, stds), [[np.sqrt((9 + 4) / 2)]])
 
 
 def test_a_sigmoid_that_travels_as_most_do_is_typical():

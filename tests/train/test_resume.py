@@ -187,19 +187,17 @@ def uninterrupted(start, finish, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @needs_signals
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_killed_at_random_moments(kills, number, uninterrupted, start, finish, tmp_path):
-    """In steps, evaluations and checkpoints: after each, `--resume` goes on."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_random_moments(number, uninterrupted, start, finish, tmp_path):
+    """In steps, evaluations and checkpoints: after each of 25, `--resume` goes on."""
     folder = tmp_path / "run"
-    moments = random.Random(kills)
+    moments = random.Random(25)
     # Killed once before the first checkpoint may be there, and then wherever it is.
     process = start(*KILLED, "--run-dir", folder)
     wait_until((folder / "metrics.jsonl").exists, process)
-    for _ in range(kills):
+    for _ in range(25):
         time.sleep(moments.uniform(0, 0.6))
         if process.poll() is not None:
             break  # it was faster
