@@ -21,6 +21,7 @@ from bn_jax.reproduce.claims import (
     tower,
     weight_decay,
 )
+from bn_jax.reproduce.study import Study
 
 SEEDS = 5
 SPREAD = np.random.default_rng(0).normal(0, 0.0005, SEEDS)
@@ -196,6 +197,23 @@ def test_every_claim_says_all_that_the_report_shows():
             assert text == text.strip()
             assert len(text) > 8, (claim.name, field)
             assert "  " not in text
+
+
+def test_an_epoch_is_measured_four_times_whatever_the_batch_size(monkeypatch):
+    """And no more examples are seen than there are."""
+    seen = []
+
+    def train(self, what, runs, loss, **options):
+        seen.append([options[name] for name in ("batch_size", "steps", "every")])
+        return runs, {"accuracy": np.zeros((5, len(runs.step)))}
+
+    monkeypatch.setattr(Study, "train", train)
+    batch_size.measure(Study(None, seeds=2))
+    assert len(seen) == 14
+    for size, steps, every in seen:
+        assert steps == 4 * every
+        examples = batch_size.EXAMPLES * (10 if size == batch_size.LARGE else 1)
+        assert examples - 4 * size < size * steps <= examples
 
 
 def test_drift_is_the_change_of_the_mean_in_standard_deviations():

@@ -62,7 +62,7 @@ def scores(
     study: Study, method: str, size: int, examples: int, rates: tuple[float, ...]
 ) -> list[list[float]]:
     """Accuracies [rates, seeds]."""
-    steps = examples // size
+    steps = examples // size // 4 * 4
     network = Classifier(normalization(method, steps), jax.nn.relu)
 
     runs = begin(network.make, study.seeds, learning_rate=rates)
