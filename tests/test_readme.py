@@ -105,7 +105,7 @@ def test_only_a_checkout_is_installed(path):
     known = extras["optional-dependencies"].keys()
     for command in commands(path):
         if command.startswith("pip install"):
-            assert re.fullmatch(r'pip install (-e \.|-e "\.\[[\w,]+\]"|safetensors)', command)
+            assert re.fullmatch(r'pip install (-e \.|-e "\.\[[\w,]+\]")', command)
             assert set(re.findall(r"\w+", command.partition("[")[2])) <= known
 
 

@@ -21,8 +21,9 @@ def bench(
 ) -> None:
     """Measure speed, accuracy and memory against the peers that are installed.
 
-    - Prints tables with bars, and leaves bench.json and plots in a folder.
-    - accuracy: errors against float64; exits with 1 where ours miss their bars
+    - Prints tables and which bars (targets) bn_jax meets, and leaves bench.json and
+      plots in a folder.
+    - accuracy: errors against float64; exits with 1 where bn_jax misses its bars
     - layer, train-step: the time of one layer, and of a step of training
     - memory, compile: what the backward pass keeps, and how long compiling takes
     - scaling: traffic between devices
@@ -30,7 +31,7 @@ def bench(
 
     Args:
         suite: What to measure.
-        turns: How many times each contender's turn comes, where time is measured.
+        turns: How many times each library is timed, in suites that measure time.
         output_dir: Where to leave the results.
         data_dir: A folder with MNIST's four files, for train-step.
     """
@@ -67,7 +68,7 @@ def conform(
         ),
     ] = (),
 ) -> None:
-    """Try any batch norm, of any framework, on vectors with known results.
+    """Try any batch norm, of any framework, on inputs with known results.
 
     - Says what is right, and names the known bug where something is wrong.
     - Whatever else it offers is tried too; .docs/conform.md says what that can be.
@@ -75,7 +76,7 @@ def conform(
       2 if a target cannot be imported.
 
     Args:
-        targets: What to try. An object has a function batch_norm. Importing the module runs it.
+        targets: A function, or a module or object that has a function batch_norm. Its code is run.
     """
     from bn_jax.conform.report import try_targets
 

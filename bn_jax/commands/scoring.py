@@ -23,8 +23,8 @@ def evaluate(
 
     Args:
         run: The run's folder, e.g. runs/2026-01-31-120000.
-        statistics: Normalize by running, population (200 training batches) or batch statistics.
-        step: The step of the checkpoints to score.
+        statistics: running, population (200 training batches) or batch: what to normalize by.
+        step: The step of the checkpoints to score, if the run kept them (--keep all).
         data_dir: The folder with the data set's files.
     """
     console.quiet_orbax()
@@ -52,7 +52,7 @@ def explain(
     run: tyro.conf.Positional[Path],
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = None,
 ) -> None:
-    """Say why a run's networks evaluate otherwise than they trained.
+    """Say why a run's networks score worse in evaluation than in training.
 
     - Prints, for each network with batch norm, how far the running statistics of
       each layer are from the training images', the test accuracy by running,

@@ -139,8 +139,8 @@ class OptimizerSettings:
             step.
         steps: Training steps; 1,000 steps of 60 examples are one epoch.
         max_bad_steps: A step whose loss or gradients are not finite is undone. After this many in
-            a row, the arm has diverged and ends. Steps that make float16's loss scale smaller do
-            not count.
+            a row, the network has diverged, and its training ends. Steps that make float16's loss
+            scale smaller do not count.
         seed: Seed of the initial weights, the order of examples and the stochastic input.
         seeds: Train with this many seeds at once: --seed and those that follow it. Results are
             then means with 95% intervals.
@@ -168,8 +168,9 @@ class RunSettings:
         evaluate_every: Steps between evaluations on the test set.
         checkpoint_every: Steps between checkpoints, rounded up to evaluations. The last step
             always has one.
-        keep: The newest two checkpoints, these and the best, or all. The best has the highest mean
-            test accuracy; a seed that has diverged counts with its last one.
+        keep: Which checkpoints remain. newest: the newest two. best: these and the one of the
+            highest test accuracy, as a mean over seeds; a seed that has diverged counts with its
+            last one. all: every one.
         tensorboard: Write TensorBoard's event files too, in the run's folder.
         run_dir: The run's folder, new or empty.
         device: Where to compute; auto is JAX's own choice.
