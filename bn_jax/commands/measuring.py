@@ -19,14 +19,14 @@ def bench(
     output_dir: Annotated[Path | None, unset("PATH", "runs/bench-DATE-TIME")] = None,
     data_dir: Annotated[Path | None, unset("PATH", "fetch them once, and cache them")] = None,
 ) -> None:
-    """Measure speed, accuracy and memory against the peers that are installed.
+    """Measure speed, accuracy and memory against other installed libraries.
 
     - Prints tables and which bars (targets) bn_jax meets, and leaves bench.json and
       plots in a folder.
     - accuracy: errors against float64; exits with 1 where bn_jax misses its bars
     - layer, train-step: the time of one layer, and of a step of training
     - memory, compile: what the backward pass keeps, and how long compiling takes
-    - scaling: traffic between devices
+    - scaling: how much devices send to each other in a step of training
     - fold: the time that folding saves at inference
 
     Args:
