@@ -48,7 +48,10 @@ def train(  # noqa: D417
     config = TrainConfig(**fields)
     unused = config.unused
     if resume is not None:
-        reason = f"--resume; {resume} has its own settings"
+        reason = (
+            f"--resume; {resume} has its own settings. To train longer, or otherwise, start a new "
+            "run without --resume"
+        )
         unused = dict.fromkeys(fields.keys() - {"data_dir", "device"}, reason)
     hints.check_used(unused, sys.argv[2:])
     start(config, launch, resume)

@@ -22,6 +22,11 @@ from bn_jax.train.loop import Activity, Evaluation
 from bn_jax.train.summary import FINAL, LEVELS, Row, diverged_seeds, estimate
 
 TITLES: dict[Arm, str] = {"batch": "with batch norm", "none": "without"}
+NETWORKS: dict[Arm, str] = {
+    "batch": "the network with batch norm",
+    "none": "the network without batch norm",
+}
+"""The arms as a message names them, where no other title stands beside it."""
 COLORS: dict[Arm, str] = {"batch": "tab:blue", "none": "tab:orange"}
 
 

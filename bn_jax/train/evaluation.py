@@ -16,7 +16,7 @@ from bn_jax.explain.picture import draw, to_png
 from bn_jax.explain.report import Report
 from bn_jax.files import write_whole
 from bn_jax.train.build import build_model
-from bn_jax.train.checkpoint import CheckpointError, load_newest, newest_checkpoint
+from bn_jax.train.checkpoint import CheckpointError, finished, load_newest, newest_checkpoint
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.display import TITLES
 from bn_jax.train.loop import make_sample
@@ -63,8 +63,18 @@ def load_run(
                 trained[arm] = progress
         if trained:
             return data, trained
-    found = "" if step is None else f" of step {step:,}"
-    raise CheckpointError(f"{folder.path} holds no sound checkpoint{found}; train again")
+    paths = [path for arm in config.arms for path in finished(folder.checkpoints(arm))]
+    kept = sorted({int(path.name) for path in paths})
+    if step is None or step in kept or not kept:
+        found = "" if step is None else f" of step {step:,}"
+        raise CheckpointError(f"{folder.path} holds no sound checkpoint{found}; train again")
+    names = [f"{number:,}" for number in kept]
+    names[3:-3] = ["…"] if len(names) > 6 else names[3:-3]
+    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    hint = "" if config.keep == "all" else " (train with --keep all to keep every one)"
+    raise CheckpointError(
+        f"{folder.path} has no checkpoint of step {step:,}; it kept {listed}{hint}"
+    )
 
 
 def evaluate_run(

@@ -5,7 +5,7 @@ import json
 import shlex
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from bn_jax.train.checkpoint import Checkpoints
 from bn_jax.train.config import Arm, TrainConfig
 from bn_jax.train.crash_reporter import describe_checkpoints
 from bn_jax.train.display import (
-    TITLES,
+    NETWORKS,
     Bar,
     comparison_table,
     grid_table,
@@ -94,13 +94,24 @@ def run_experiment(
             begun = time.monotonic()
             count = f"{config.devices} × " if (config.devices or 1) > 1 else ""
             where = f"[bold]{escape(str(folder.path))}[/bold]"
-            console.print(f"Training on {count}{machine()}, run folder {where}", soft_wrap=True)
-            arms = run_arms(config, data, folder, console)
-            write_results(config, arms, folder, console, round(time.monotonic() - begun, 3))
+            resumed: dict[Arm, Progress | None] = {
+                arm: load_progress(config, arm, data, folder) for arm in config.arms
+            }
+            ended = all(progress and progress.is_over(config) for progress in resumed.values())
+            known = folder.read_seconds() if ended else None  # of the run, not of this look at it
+            console.print(
+                f"This run has ended, run folder {where}; to train longer, start a new one"
+                if ended
+                else f"Training on {count}{machine()}, run folder {where}",
+                soft_wrap=True,
+            )
+            arms = run_arms(config, data, folder, console, resumed)
+            seconds = round(time.monotonic() - begun, 3) if known is None else known
+            write_results(config, arms, folder, console, seconds)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {describe_checkpoints(folder.path)}") from None
     diverged = [
-        f"{TITLES[arm]}{f', seed {e.seed},' if config.seeds > 1 else ''} at step {e.step:,}"
+        f"{NETWORKS[arm]}{f', seed {e.seed},' if config.seeds > 1 else ''} at step {e.step:,}"
         for arm, evaluations in arms.items()
         for e in evaluations
         if e.diverged
@@ -114,12 +125,18 @@ def run_experiment(
     return folder
 
 
-def run_arms(config: TrainConfig, data: Dataset, folder: RunFolder, console: Console) -> Arms:
-    """Train the arms in order, each from its newest checkpoint and with a progress bar."""
+def run_arms(
+    config: TrainConfig,
+    data: Dataset,
+    folder: RunFolder,
+    console: Console,
+    progresses: Mapping[Arm, Progress | None],
+) -> Arms:
+    """Train the arms in order, each from how far it has come and with a progress bar."""
     before, arms = folder.read_metrics(), Arms()
     with progress_bars(console, config) as bars, asked_to_stop() as status:
         for arm in config.arms:
-            resumed = load_progress(config, arm, data, folder)
+            resumed = progresses[arm]
             # The steps after the checkpoint are repeated, with the same results.
             last = np.repeat(resumed.reported_until, config.decays).tolist() if resumed else []
             until = dict(zip(config.names, last, strict=bool(resumed)))
@@ -170,7 +187,7 @@ def run_arm(
                 checkpoints.save(progress, statistics.fmean(latest.values()) if new else None)
                 saved = progress.step
             if stop:
-                where = f"at step {progress.step:,} {TITLES[arm]}"
+                where = f"at step {progress.step:,} of {NETWORKS[arm]}"
                 again = shlex.join(["bn-jax", "train", "--resume", str(folder.path)])
                 raise Interrupted(f"stopped {where}; to go on: {again}", stop)
     bar.watch(None, evaluations[-1].step)

@@ -89,6 +89,12 @@ class RunFolder:
                 arms.setdefault(record["arm"], []).append(Evaluation(**fields))
         return arms
 
+    def read_seconds(self) -> float | None:
+        """How long the run took, as its summary says; None without one."""
+        with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
+            return float(json.loads((self.path / "summary.json").read_bytes())["seconds"])
+        return None
+
     def write_metrics(self, arms: Mapping[Arm, Sequence[Evaluation]], config: TrainConfig) -> None:
         """Replace all evaluations: a run that is resumed drops those after its checkpoint."""
         lines = [metrics_line(a, e, config.grid[e.cell]) for a, some in arms.items() for e in some]

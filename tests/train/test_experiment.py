@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import typing
 
@@ -423,6 +424,23 @@ def test_a_run_that_was_stopped_early_has_one_arm(tmp_path, monkeypatch, instant
         run(tmp_path / "run")
     rows = evaluate_run(RunFolder(tmp_path / "run"))
     assert [(row["arm"], row["step"]) for row in rows] == [("batch", 4)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "there", "kept"),
+    [
+        ("newest", (14,), "14 (train with --keep all to keep every one)"),
+        ("newest", (45_000, 50_000), "45,000 and 50,000 (train with --keep all to keep every one)"),
+        ("all", range(2, 18, 2), "2, 4, 6, …, 12, 14 and 16"),
+    ],
+)
+def test_a_step_without_checkpoint_gets_those_that_were_kept(keep, there, kept, tmp_path):
+    folder = RunFolder.create(TrainConfig(run_dir=tmp_path / "run", keep=keep))
+    for arm, step in itertools.product(("batch", "none"), there):
+        (folder.checkpoints(arm) / str(step)).mkdir(parents=True)
+    with pytest.raises(CheckpointError) as error:
+        evaluate_run(folder, step=5)
+    assert str(error.value) == f"{folder.path} has no checkpoint of step 5; it kept {kept}"
 
 
 def test_a_run_that_was_stopped_at_once_has_none(tmp_path, monkeypatch, instant):

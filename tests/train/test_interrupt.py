@@ -86,7 +86,8 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_has(name, stopped):
     """By Ctrl-C and by SIGTERM; whether a checkpoint was due or not."""
     folder, status, stderr = stopped[name]
     newest = max(checkpoints(folder), key=lambda path: int(path.name))
-    said = f"stopped at step {int(newest.name):,} with batch norm; to go on: bn-jax train --resume"
+    said = f"stopped at step {int(newest.name):,} of the network with batch norm; to go on: "
+    said += "bn-jax train --resume"
     assert (status, stderr) == (143 if name == "ended" else 130, f"{said} {folder}\n")
     (row,) = evaluate_run(RunFolder(folder))
     assert row["step"] == int(newest.name)

@@ -165,7 +165,8 @@ def test_sigterm_to_one_stops_both_which_go_on_later(number, launch, finish, tmp
     (status, _, stderr), other = map(finish, processes)
     assert status == 143
     assert re.fullmatch(
-        rf"stopped at step (100|200) with batch norm; to go on: .*--resume {folder}\n", stderr
+        rf"stopped at step (100|200) of the network with batch norm; .*--resume {folder}\n",
+        stderr,
     )
     assert other == (143, "", "")
     (status, _, stderr), other = map(finish, launch("--resume", folder))

@@ -1,6 +1,7 @@
 """A run that was stopped goes on, and ends as if it had never been stopped: to the byte."""
 
 import gc
+import json
 import random
 import signal
 import time
@@ -84,8 +85,8 @@ def test_stopped_between_any_two_calls(options, tmp_path, on_digits, stop_after,
         resume = True
         steps.append(str(stop.value).partition(";")[0])
     assert steps == [
-        *(f"stopped at step {n} with batch norm" for n in (3, 5, 12)),
-        "stopped at step 8 without",
+        *(f"stopped at step {n} of the network with batch norm" for n in (3, 5, 12)),
+        "stopped at step 8 of the network without batch norm",
     ]
     stop_after(100)
     run(tmp_path / "parts", resume, **options)
@@ -160,10 +161,13 @@ def test_the_command_line(main, tmp_path, on_digits, stop_after, capsys):
     options = ("--hidden", 8, "--batch-size", 20, "--steps", 4, "--evaluate-every", 2)
     stop_after(2)
     assert main("train", *options, "--run-dir", tmp_path / "run") == 143
-    message = f"stopped at step 2 with batch norm; to go on: bn-jax train --resume {tmp_path}/run\n"
-    assert capsys.readouterr().err == message
+    message = f"the network with batch norm; to go on: bn-jax train --resume {tmp_path}/run\n"
+    assert capsys.readouterr().err == f"stopped at step 2 of {message}"
     assert main("train", "--resume", tmp_path / "run", "--steps", 9) == 2
-    message = f"--steps: has no effect with --resume; {tmp_path}/run has its own settings\n"
+    message = (
+        f"--steps: has no effect with --resume; {tmp_path}/run has its own settings. To train "
+    )
+    message += "longer, or otherwise, start a new run without --resume\n"
     assert capsys.readouterr().err == f"error: {message}"
     assert main("train", "--resume", tmp_path / "nowhere") == 2
     assert "nowhere is no run: it has no config.json" in capsys.readouterr().err
@@ -172,6 +176,13 @@ def test_the_command_line(main, tmp_path, on_digits, stop_after, capsys):
     assert "│ with batch norm │" in capsys.readouterr().out
     assert [line["step"] for line in records(tmp_path / "run")] == [0, 2, 4] * 2
     assert RunFolder(tmp_path / "run").read_config().data_dir is None
+    # Once more: nothing is trained, and the summary keeps the seconds of the run.
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds": 123.5}))
+    assert main("train", "--resume", tmp_path / "run") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"This run has ended, run folder {tmp_path}/run; to train longer, ")
+    assert json.loads(summary.read_text())["seconds"] == 123.5
 
 
 KILLED = ("train", "--hidden", 10, "--steps", 3000, "--evaluate-every", 50, "--norm", "batch")

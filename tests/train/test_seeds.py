@@ -132,7 +132,9 @@ def test_one_seed_of_two_diverges(tmp_path, on_digits, monkeypatch):
 
     monkeypatch.setattr(loop, "make_train_step", make)
     options = {"seeds": 2, "norm": "batch", "max_bad_steps": 2, "steps": 12}
-    with pytest.raises(Diverged, match=r"^diverged: with batch norm, seed 1, at step 6, after 2"):
+    with pytest.raises(
+        Diverged, match=r"^diverged: the network with batch norm, seed 1, at step 6, after 2"
+    ):
         run(tmp_path / "run", **options)
     lines = [(x["seed"], x["step"], x["diverged"]) for x in records(tmp_path / "run")]
     assert lines == [

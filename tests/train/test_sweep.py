@@ -135,7 +135,7 @@ def test_a_grid_goes_on_to_the_byte(folder, tmp_path, on_digits, stop_after, mon
     whole, parts = (TrainConfig(run_dir=tmp_path / name, **options) for name in ("whole", "parts"))
     run_experiment(whole, quiet())
     stop_after(2)
-    with pytest.raises(Interrupted, match="stopped at step 1 with batch norm"):
+    with pytest.raises(Interrupted, match="stopped at step 1 of the network with batch norm"):
         run_experiment(parts, quiet())
     stop_after(100)
     run_experiment(parts, quiet(), resume=tmp_path / "parts")

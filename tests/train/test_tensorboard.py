@@ -63,4 +63,4 @@ def test_the_checkpoint_of_a_step_is_scored(main, tmp_path, on_digits, capsys):
         (row,) = evaluate_run(RunFolder(run), step=step)
         assert (row["step"], row["test_accuracy"]) == (step, accuracy[step])
     assert main("evaluate", run, "--step", 3) == 2
-    assert "holds no sound checkpoint of step 3; train again" in capsys.readouterr().err
+    assert "has no checkpoint of step 3; it kept 2 and 4\n" in capsys.readouterr().err
