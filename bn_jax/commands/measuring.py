@@ -73,7 +73,7 @@ def conform(
     - Says what is right, and names the known bug where something is wrong.
     - Whatever else it offers is tried too; .docs/conform.md says what that can be.
     - Exits with 0 if nothing is wrong, 1 if something is or nothing could be tried,
-      2 if a target cannot be imported.
+      2 if a target cannot be imported or called.
 
     Args:
         targets: A function, or a module or object that has a function batch_norm. Its code is run.

@@ -16,7 +16,7 @@ attributes of the same object. All take and return numpy arrays, features last. 
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,12 +54,28 @@ class Candidate(NamedTuple):
     unbiased: bool | None = None
 
 
+NOT_OF_VALUES = (TypeError, AttributeError, NameError, SystemExit)
+"""Errors of a program that is wrong, whatever the values."""
+
+
 class NotOfferedError(Exception):
     """The batch norm does not claim to do this."""
 
 
+class UncallableError(ValueError):
+    """It cannot be tried: what it needs is not there."""
+
+
 class RefusedError(Exception):
-    """It raised an error of its own."""
+    """It raised an error of its own.
+
+    Attributes:
+        about_values: whether the error may be about the values that it got.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(one_line(error))
+        self.about_values = not isinstance(error, NOT_OF_VALUES)
 
 
 class MalformedError(Exception):
@@ -72,6 +88,7 @@ def call(candidate: Candidate, name: str, vector: Vector) -> dict[str, np.ndarra
     Raises:
         NotOfferedError: it has no such function, or not for masks or groups.
         RefusedError: it raised an error.
+        UncallableError: it cannot import what it needs.
         MalformedError: it returned something else than numbers in the shapes of the contract.
     """
     function = candidate.functions.get(name)
@@ -87,12 +104,29 @@ def call(candidate: Candidate, name: str, vector: Vector) -> dict[str, np.ndarra
             returned = function(*(inputs[k] for k in positional), **{k: inputs[k] for k in named})
     except NotImplementedError as error:
         raise NotOfferedError(one_line(error)) from error
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name
+        reason = f"{absent} is not installed" if absent else one_line(error)
+        raise UncallableError(f"{candidate.name}: {reason}") from error
     except (Exception, SystemExit) as error:
-        raise RefusedError(one_line(error)) from error
+        raise RefusedError(error) from error
     for key, before in kept.items():
         if before.tobytes() != np.asarray(inputs[key]).tobytes():
             raise MalformedError(f"{name} changes its argument {key} in place")
     return read(name, results, returned, vector)
+
+
+def can_take(function: Callable[..., Any], positional: Sequence[str]) -> bool:
+    """Whether a function can be called with so many arguments, as far as its signature is known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*positional)
+    except TypeError:
+        return False
+    return True
 
 
 def takes(function: Callable[..., Any], named: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from bn_jax.conform.contract import FUNCTIONS, Candidate, one_line
+from bn_jax.conform.contract import FUNCTIONS, Candidate, can_take, one_line
 
 
 def find(target: str) -> Candidate:
@@ -52,7 +52,7 @@ def examine(found: Any, owner: Any = None, name: str = "batch norm") -> Candidat
     """A candidate from a function and the module it is in, or from what has a `batch_norm`.
 
     Raises:
-        LookupError: it is neither.
+        LookupError: it is neither, or takes other arguments.
     """
     main = getattr(found, "batch_norm", None)
     if main is not None:
@@ -61,6 +61,9 @@ def examine(found: Any, owner: Any = None, name: str = "batch norm") -> Candidat
         main = found
     if not callable(main):
         raise LookupError("not a function, and has no function batch_norm")
+    arguments, _ = FUNCTIONS["batch_norm"]
+    if not can_take(main, arguments):
+        raise LookupError(f"batch_norm must take ({', '.join(arguments)})")
     offered = {key: getattr(owner, key, None) for key in FUNCTIONS} | {"batch_norm": main}
     functions = {key: f for key, f in offered.items() if callable(f)}
     unbiased = getattr(owner, "unbiased", None)

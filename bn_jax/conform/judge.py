@@ -70,7 +70,8 @@ def try_one(candidate: contract.Candidate, call: str, vector: Vector) -> Finding
         names = (suspects.WRONG_AXIS,) if suspects.WRONG_AXIS in str(error) else ()
         return here._replace(level="wrong", names=names, detail=str(error))
     except contract.RefusedError as error:
-        if vector.check == "refusal" or (vector.name == "an empty batch"):
+        may = vector.check == "refusal" or vector.name == "an empty batch"
+        if may and error.about_values:
             return here._replace(names=("refused with an error",))
         if vector.dtype != "float32" and str(error).startswith(("TypeError", "UFuncTypeError")):
             return here._replace(level="not offered", detail=str(error))

@@ -109,7 +109,7 @@ def try_targets(targets: Sequence[str], console: Console) -> bool:
     """Try batch norms by name, print what came of it, and return whether nothing is wrong.
 
     Raises:
-        ValueError: one of them cannot be imported.
+        ValueError: one of them cannot be imported or called.
     """
     found: dict[str, list[Finding]] = {}
     for candidate in [find(target) for target in targets]:

@@ -12,7 +12,7 @@ from bn_jax.conform.find import examine, find
 
 def tried(**functions):
     """What a user reads of a candidate with one function of the example replaced."""
-    module = types.SimpleNamespace(batch_norm=example.batch_norm, **functions)
+    module = types.SimpleNamespace(**{"batch_norm": example.batch_norm} | functions)
     findings = judge.try_all(examine(module))
     return findings, "\n".join(f.detail for f in findings if f.level == "wrong")
 
@@ -90,6 +90,28 @@ def test_masks_are_passed_only_where_there_is_a_parameter():
     assert [(f.level, f.detail) for f in masked] == [("not offered", "running with masks")]
 
 
+def test_only_errors_about_values_are_refusals():
+    """What is misspelt, or called wrongly, raises whatever the values are."""
+
+    def fails(error):
+        def function(*_):
+            raise error
+
+        return tried(batch_norm=function, running=function)[0]
+
+    for error, level in ((ValueError("one value"), "right"), (TypeError("2 arguments"), "wrong")):
+        levels = {f.vector: f.level for f in fails(error)}
+        assert levels["1×3"] == levels["an empty batch"] == level
+
+
+def test_what_is_not_installed_ends_the_trial(tmp_path, monkeypatch):
+    text = "def bn(x, scale, bias, epsilon):\n    import no_such_framework.nn\n"
+    (tmp_path / "needs_more.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^needs_more:bn: no_such_framework is not installed$"):
+        cli.run_command(["conform", "needs_more:bn"])
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -100,6 +122,7 @@ def test_masks_are_passed_only_where_there_is_a_parameter():
         ("numpy:ndarray", "cannot import it: TypeError"),
         ("", "cannot import it: ValueError: Empty module name"),
         ("numpy", "not a function, and has no function batch_norm"),
+        ("math:atan2", "batch_norm must take (x, scale, bias, epsilon)"),
         ("folder/my_bn.py:f", "name the module as in an import, from its folder, e.g. my_bn:f"),
     ],
 )
