@@ -29,6 +29,7 @@ from bn_jax.commands.console import stderr
 from bn_jax.commands.measuring import bench, conform, reproduce
 from bn_jax.commands.scoring import evaluate, explain
 from bn_jax.commands.training import sweep, train
+from bn_jax.flag_values import check_values
 from bn_jax.interrupts import answering_sigterm, no_interrupt_lost
 
 COMMANDS = {
@@ -69,6 +70,7 @@ def run_command(arguments: Sequence[str]) -> None:
         hints.check_command(name, tuple(COMMANDS))
         command = COMMANDS[name]
         hints.check_flags(name, hints.describe_flags(command), rest)
+        check_values(command, rest)
         markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
         tyro.cli(command, prog=f"bn-jax {name}", args=rest, config=markers, registry=numbers)
 

@@ -49,19 +49,41 @@ OTHER_NAMES = {
 """A flag, and what other programs call it."""
 
 EPOCHS = ("epochs", "epoch", "num-epochs", "n-epochs", "max-epochs")
-FOLDERS = ("--run", "--run-dir", "--path", "--folder", "--checkpoint")
+FOLDERS = "run run-dir path folder checkpoint"
+WITHOUT_FLAGS = {
+    "evaluate": (FOLDERS, "the run's folder", "RUN"),
+    "explain": (FOLDERS, "the run's folder", "RUN"),
+    "conform": ("target targets module function name", "the batch norm", "MODULE:FUNCTION"),
+    "reproduce": ("claim claims only name", "the claim", "CLAIM"),
+}
+"""What a command takes without a flag: how others may call it, what it is, how help shows it."""
+
 TRAINING_IMAGES = 60_000  # of each data set
 
 
 def describe_flags(command: Callable[..., Any]) -> list[str]:
-    """The flags of a command, a function whose parameters may be dataclasses of more flags."""
-    kinds, flags = typing.get_type_hints(command), list[str]()
-    for name, parameter in inspect.signature(command).parameters.items():
+    """The flags of a command."""
+    return [flag_of(name) for name in fields_of(command)]
+
+
+def fields_of(command: Callable[..., Any]) -> dict[str, Any]:
+    """The field behind each flag of a command, with its type.
+
+    The command is a function whose parameters may be dataclasses of more fields; some are
+    positional and have no flag.
+    """
+    from tyro.conf import Positional
+
+    (positional,) = typing.get_args(Positional[int])[1:]
+    kinds, marked = (typing.get_type_hints(command, include_extras=some) for some in (False, True))
+    fields: dict[str, Any] = {}
+    for name in inspect.signature(command).parameters:
         if dataclasses.is_dataclass(kinds[name]):
-            flags += [flag_of(field.name) for field in dataclasses.fields(kinds[name])]
-        elif parameter.default is not parameter.empty:  # else it is no flag, but positional
-            flags.append(flag_of(name))
-    return flags
+            group = typing.get_type_hints(kinds[name])
+            fields |= {field.name: group[field.name] for field in dataclasses.fields(kinds[name])}
+        elif positional not in typing.get_args(marked[name])[1:]:
+            fields[name] = kinds[name]
+    return fields
 
 
 def flag_of(name: str) -> str:
@@ -98,8 +120,8 @@ def check_command(name: str, commands: Sequence[str]) -> None:
     known = ", ".join(commands)
     if is_flag(name):
         raise ValueError(f"{name}: a command comes first, one of {known}")
-    near = difflib.get_close_matches(name, commands, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {known}"
+    near = nearest(name, commands)
+    hint = f"did you mean {near}?" if near else f"choose one of {known}"
     raise ValueError(f"{name}: no such command; {hint}")
 
 
@@ -112,20 +134,10 @@ def check_flags(command: str, known: Sequence[str], arguments: Sequence[str]) ->
         if flag not in known:
             shown = f"{flag} {value}".strip()
             hint = guess(flag, value, known, given) or f"see bn-jax {command} --help"
-            if command in ("evaluate", "explain") and flag in FOLDERS:
-                hint = f"give the run's folder without a flag: bn-jax {command} RUN"
+            names, what, shown_as = WITHOUT_FLAGS.get(command, ("", "", ""))
+            if flag.lstrip("-") in names.split():
+                hint = f"give {what} without a flag: bn-jax {command} {shown_as}"
             raise ValueError(f"{shown}: bn-jax {command} has no {flag}; {hint}")
-    if "--hidden" in given:
-        check_sizes(given["--hidden"])
-
-
-def check_sizes(text: str) -> None:
-    """Raise a ValueError with a hint unless --hidden has integers with spaces between them."""
-    sizes = text.replace(",", " ").split()
-    if text.split() != sizes or not all(size.lstrip("+-").isdigit() for size in sizes or ["-"]):
-        example = " ".join(size for size in sizes if size.isdigit()) or "100 100 100"
-        shown = f"--hidden {text}".strip()
-        raise ValueError(f"{shown}: must be integers, as in --hidden {example}")
 
 
 def guess(flag: str, value: str, known: Sequence[str], given: Mapping[str, str]) -> str | None:
@@ -138,11 +150,19 @@ def guess(flag: str, value: str, known: Sequence[str], given: Mapping[str, str])
             "did you mean --optimizer momentum (SGD with momentum 0.9), or batch norm's --decay "
             "(the weight of the past; torch's momentum is 1 - decay)?"
         )
-    for meant, others in OTHER_NAMES.items():
-        if name in others.split() and meant.split()[0] in known:
-            return f"did you mean {meant}?"
-    near = difflib.get_close_matches(f"--{name}", known, n=1)
-    return f"did you mean {near[0]}?" if near else None
+    meant = other_name(name, known) or nearest(f"--{name}", known)
+    return f"did you mean {meant}?" if meant else None
+
+
+def other_name(name: str, known: Sequence[str]) -> str | None:
+    """The known flag that other programs call by this name, or None."""
+    flags = (meant for meant, others in OTHER_NAMES.items() if name in others.split())
+    return next((flag for flag in flags if flag.split()[0] in known), None)
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that is spelt most like a word, or None."""
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
 def explain_epochs(value: str, batch_size: str) -> str:

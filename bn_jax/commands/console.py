@@ -5,8 +5,9 @@ import sys
 
 from rich.console import Console
 
-stderr = Console(stderr=True)
-stdout = Console()
+# Without emoji: a path or target such as a:b: would have one in its middle.
+stderr = Console(stderr=True, emoji=False)
+stdout = Console(emoji=False)
 
 
 def quiet_orbax() -> None:

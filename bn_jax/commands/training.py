@@ -11,9 +11,10 @@ from rich.markup import escape
 
 from bn_jax import hints
 from bn_jax.commands import console
+from bn_jax.flag_values import check_axes
 from bn_jax.train.config import TrainConfig
 from bn_jax.train.flags import unset
-from bn_jax.train.grid import read_axes
+from bn_jax.train.grid import SWEPT, read_axes
 from bn_jax.train.launch import ALONE, Launch
 from bn_jax.train.settings import (
     DataSettings,
@@ -85,6 +86,7 @@ def sweep(  # noqa: D417
     fields = vars(data) | vars(model) | vars(normalization) | vars(optimizer) | vars(run)
     if not over:
         raise ValueError("--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5")
+    check_axes(over, {name: hints.flag_of(name) for name in SWEPT})
     config = TrainConfig(**fields, over=over)
     swept = read_axes(over)
     twice = dict.fromkeys(swept, "--over; its values come from there")

@@ -61,7 +61,8 @@ def check_fields(settings: Any) -> None:
 
 def out_of_range(name: str, value: object, rule: str) -> ValueError:
     """The error for a field's value, in the words of the command line."""
-    return ValueError(f"--{dashed(name)} {value!r}: must be {rule}")
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) and value else repr(value)
+    return ValueError(f"--{dashed(name)} {shown}: must be {rule}")
 
 
 def dashed(name: str) -> str:

@@ -76,6 +76,31 @@ MISTAKES = {
     "without a flag: bn-jax evaluate RUN",
     "explain --run-dir a": "--run-dir a: bn-jax explain has no --run-dir; give the run's folder "
     "without a flag: bn-jax explain RUN",
+    "train --renorm 3": "--renorm 3: must be two numbers, R_MAX D_MAX, as in --renorm 3 5",
+    "train --renorm 3,5": "--renorm 3,5: must be two numbers, R_MAX D_MAX, as in --renorm 3 5",
+    "train --model=resnet": "--model resnet: must be one of mlp, cnn, tower",
+    "sweep --over lr=0.1,0.2": "--over lr=0.1,0.2: there is no lr to sweep; did you mean "
+    "learning-rate?",
+    "sweep --over lerning-rate=1": "--over lerning-rate=1: there is no lerning-rate to sweep; did "
+    "you mean learning-rate?",
+    "sweep --over steps=1,2": "--over steps=1,2: there is no steps to sweep; choose one of "
+    "learning-rate, init-std, decay, epsilon, weight-decay, r-max, d-max",
+    "sweep --over learning-rate=0.1,abc": "--over learning-rate=0.1,abc: abc is not a number, such "
+    "as 0.1 or 1e-3",
+    "sweep --over decay": "--over decay: must be NAME=NUMBER,…, as in learning-rate=0.1,0.3",
+    "sweep --over decay=0.9,0.9": "--over decay=0.9,0.9: must be NAME=NUMBER,NUMBER,… with NAME "
+    "one of learning-rate, init-std, decay, epsilon, weight-decay, r-max, d-max",
+    "evaluate --statistics popular runs/a": "--statistics popular: must be one of running, "
+    "population, batch; did you mean population?",
+    "evaluate runs/a --statistics None": "--statistics None: must be one of running, population, "
+    "batch",
+    "reproduce --list": "--list: bn-jax reproduce has no --list; see bn-jax reproduce --help",
+    "reproduce --claims shift": "--claims shift: bn-jax reproduce has no --claims; give the claim "
+    "without a flag: bn-jax reproduce CLAIM",
+    "conform --target a:b": "--target a:b: bn-jax conform has no --target; give the batch norm "
+    "without a flag: bn-jax conform MODULE:FUNCTION",
+    "bench --suite acuracy": "--suite acuracy: must be one of all, accuracy, layer, train-step, "
+    "memory, compile, scaling, fold; did you mean accuracy?",
     "bench --suites layer": "--suites layer: bn-jax bench has no --suites; did you mean --suite?",
     "bench --suite memory --turns 3": "--turns: has no effect with --suite memory, which measures "
     "no time",

@@ -149,7 +149,10 @@ OUT_OF_RANGE = [
 def test_a_value_out_of_range(name, value, rule):
     with pytest.raises(ValueError, match=rule) as caught:
         TrainConfig(**{name: value})
-    assert str(caught.value).startswith(f"--{name.replace('_', '-')} {value!r}: must be ")
+    # Several values as a command line has them.
+    several = isinstance(value, tuple) and value
+    shown = " ".join(map(str, value)) if several else repr(value)
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')} {shown}: must be ")
 
 
 def test_every_field_has_a_value_that_is_refused():
