@@ -45,7 +45,15 @@ def as_array(value: ArrayLike | Sequence[Any]) -> Array:
     """A JAX array; a traced one stays as it is, so that inference works op by op.
 
     jnp.asarray converts a tracer to its own dtype, and jax.debug_nans would find padding there.
+
+    Raises:
+        TypeError: it is what `batch_norm` or `standardize` returned, not yet taken apart.
     """
+    if isinstance(value, tuple) and any(hasattr(part, "_fields") for part in (value, *value)):
+        raise TypeError(
+            "x is a tuple, but must be an array; batch_norm returns (y, state): take y alone, "
+            "y, state = batch_norm(...)"
+        )
     return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
 
 
@@ -127,6 +135,15 @@ def mixes_complex(name: str, value: Array, x: Array) -> bool:
     if name == "mean":
         return jnp.iscomplexobj(value) != jnp.iscomplexobj(x)
     return jnp.iscomplexobj(value) and (name == "var" or not jnp.iscomplexobj(x))
+
+
+def check_alike(a: ArrayLike, b: ArrayLike) -> None:
+    """Refuse to merge moments of other features; a and b are their means."""
+    if np.shape(a) != np.shape(b):
+        raise ValueError(
+            f"a has features of shape {np.shape(a)} and b of shape {np.shape(b)}; merge takes "
+            "moments of the same features, e.g. of two batches"
+        )
 
 
 def check_average(average: object) -> None:

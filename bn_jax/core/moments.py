@@ -20,7 +20,7 @@ from jax import Array, lax
 from jaxtyping import Float, Inexact, Shaped
 
 from bn_jax.core.centered import add
-from bn_jax.core.checks import as_array
+from bn_jax.core.checks import as_array, check_alike
 from bn_jax.core.exported import exported
 from bn_jax.core.layout import read_layout
 from bn_jax.core.replicas import AxisIndexGroups, AxisName, read_replicas, sum_over
@@ -107,12 +107,16 @@ def merge(a: Moments, b: Moments) -> Moments:
     Associative and commutative up to rounding; moments with count 0 are the identity. Importances
     must be on one scale in both sets, since counts are what the sets weigh.
 
+    Raises:
+        ValueError: a and b have features of different shapes.
+
     >>> import jax.numpy as jnp
     >>> x = jnp.arange(12.0).reshape(6, 2)
     >>> halves = merge(measure(x[:2]), measure(x[2:]))
     >>> bool(jnp.allclose(halves.mean, measure(x).mean)), halves.count.tolist()
     (True, [6.0, 6.0])
     """
+    check_alike(a.mean, b.mean)
     count = a.count + b.count
     share_a, share_b = share(a.count, count), share(b.count, count)
     difference = (b.mean - a.mean) + (rest_of(b) - rest_of(a))

@@ -357,6 +357,8 @@ calls = [
     lambda: bn.as_affine(state, params),
     lambda: bn.init(64.0),
     lambda: bn.measure(x, feature_axis=[0, 1.5]),
+    lambda: bn.batch_norm(bn.batch_norm(x, params, state, train=True), params, state, train=True),
+    lambda: bn.measure(state),
 ]
 for call in calls:
     try:
@@ -381,7 +383,7 @@ def test_what_beartype_would_catch_first():
     """Mistakes, and lists, in a process of its own, where nothing checks the types of arguments."""
     run = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    number, swapped, from_dict, moments, affine, features, axis = run.stdout.splitlines()
+    number, swapped, from_dict, moments, affine, features, axis, *pairs = run.stdout.splitlines()
     assert re.search(r"average=0.99 must be a function, .* DebiasedEma", number)
     assert re.search(r"params is a BatchNormState, but must be a BatchNormParams", swapped)
     assert re.search(r"params is a dict, .* BatchNormParams\(\*\*params\)", from_dict)
@@ -389,3 +391,12 @@ def test_what_beartype_would_catch_first():
     assert re.search(r"params is a BatchNormState, but must be a BatchNormParams", affine)
     assert re.search(r"features=64.0 must be an integer", features)
     assert re.search(r"feature_axis=\[0, 1.5\] must be an integer or several", axis)
+    assert len(pairs) == 2
+    for message in pairs:
+        assert re.search(r"^x is a tuple, .* batch_norm returns \(y, state\)", message)
+
+
+def test_moments_of_other_features_are_not_merged():
+    moments = [bn.measure(X[:, :features]) for features in (2, 1)]
+    with pytest.raises(ValueError, match=r"a has features of shape \(2,\) and b of shape \(1,\)"):
+        bn.merge(*moments)
