@@ -23,6 +23,7 @@ from bn_jax.explain.likeness import Batches
 from bn_jax.explain.mixing import in_groups, mix
 from bn_jax.explain.report import Report
 from bn_jax.inference import recalibrate_linen, recalibrate_nnx
+from bn_jax.inference.recording import check_batches
 from bn_jax.layers.graph_mode import graph_mode
 
 EXAMPLES = 8  # of a batch, for the train flag: 6 derivatives
@@ -59,7 +60,8 @@ def explain_linen(
         A `Report`: print it, plot it, or read its rows and findings.
 
     Raises:
-        ValueError: no batches, or none of the batch norms is in training mode.
+        ValueError: no batches, one array in the place of several, or none of the batch norms is
+            in training mode.
 
     >>> import flax.linen as nn, jax
     >>> from bn_jax.layers.linen import BatchNorm
@@ -126,7 +128,8 @@ def explain_nnx(
         A `Report`.
 
     Raises:
-        ValueError: no batches, or none of the batch norms is in training mode.
+        ValueError: no batches, one array in the place of several, or none of the batch norms is
+            in training mode.
 
     >>> import jax
     >>> from flax import nnx
@@ -181,6 +184,8 @@ def explained(
     layers: Mapping[Any, Any],
 ) -> Report:
     """The report on what is seen of both kinds of batches."""
+    check_batches(training)
+    check_batches(evaluation)
     batches = iter(training)
     first = list(itertools.islice(batches, 1))
     is_mixed: list[bool] = []

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import check_estimator, conclude, include
 from bn_jax.core.recalibrate import nothing, zeros
-from bn_jax.inference.recording import check_known, observe, replace
+from bn_jax.inference.recording import check_batches, check_known, observe, replace
 
 NAME = "moments"
 Variables = TypeVar("Variables", bound=Mapping[str, Any])
@@ -44,7 +44,8 @@ def recalibrate_linen(
         the batches.
 
     Raises:
-        ValueError: no batches, or none of the batch norms is in training mode.
+        ValueError: no batches, one array in the place of several, or none of the batch norms is
+            in training mode.
 
     >>> import flax.linen as nn, jax
     >>> from bn_jax.layers.linen import BatchNorm
@@ -73,6 +74,7 @@ def see_linen(
 ) -> Any:
     """What the batch norms have seen after all batches, by their paths in batch_stats."""
     check_estimator(estimator)
+    check_batches(batches)
     seen = None
     for batch in batches:
         if seen is None:

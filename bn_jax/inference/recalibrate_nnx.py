@@ -11,7 +11,7 @@ from flax import nnx
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import check_estimator, conclude, include
 from bn_jax.core.recalibrate import nothing, zeros
-from bn_jax.inference.recording import check_known, observe, replace
+from bn_jax.inference.recording import check_batches, check_known, observe, replace
 from bn_jax.layers.graph_mode import graph_mode
 
 Path = tuple[Any, ...]
@@ -44,7 +44,8 @@ def recalibrate_nnx(
         there is one, is that of the batches.
 
     Raises:
-        ValueError: no batches, or none of the batch norms is in training mode.
+        ValueError: no batches, one array in the place of several, or none of the batch norms is
+            in training mode.
 
     >>> import jax
     >>> from flax import nnx
@@ -73,6 +74,7 @@ def see_nnx(
 ) -> Any:
     """What the batch norms have seen after all batches, by path; the model stays as it is."""
     check_estimator(estimator)
+    check_batches(batches)
     with graph_mode():
         graph, random, rest = nnx.split(model, nnx.RngState, ...)
     seen = None

@@ -33,6 +33,21 @@ def replace(old: Array, new: Array, state: BatchNormState) -> Array:
     return jnp.where(state.count > 0, new.astype(dtype), old.astype(dtype))
 
 
+def check_batches(batches: object) -> None:
+    """Refuse one batch in the place of several: each of its rows would be taken for a batch.
+
+    Raises:
+        ValueError: batches are an array of numbers, examples by features.
+    """
+    if not isinstance(batches, Array | np.ndarray) or batches.ndim > 2:
+        return
+    if jnp.issubdtype(batches.dtype, jnp.inexact):  # a row of integers may be a batch of tokens
+        raise ValueError(
+            f"the batches are one array of shape {batches.shape}, whose rows would be taken for "
+            "batches; give a list of batches, e.g. [x] for one, or list(x) if each row is one"
+        )
+
+
 def check_known(states: dict[Any, BatchNormState]) -> None:
     """Refuse statistics of nothing, which would leave all as it was.
 

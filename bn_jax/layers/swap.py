@@ -23,7 +23,7 @@ True
 import inspect
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 
 from bn_jax.layers.graph_mode import graph_mode
 from bn_jax.layers.nnx import BatchNorm
@@ -48,6 +48,9 @@ def swap(model: nnx.Module) -> list[str]:
 
     Returns:
         The paths of the layers that were swapped, e.g. ["layers.1"].
+
+    Raises:
+        TypeError: the model is one of flax.linen.
 
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
@@ -87,8 +90,18 @@ def swap_back(model: nnx.Module) -> list[str]:
     return list(found)
 
 
-def find_layers(model: nnx.Module, kind: type) -> dict[str, Any]:
-    """Path -> layer, for the layers of exactly this class; a layer used twice is listed once."""
+def find_layers(model: Any, kind: type) -> dict[str, Any]:
+    """Path -> layer, for the layers of exactly this class; a layer used twice is listed once.
+
+    Raises:
+        TypeError: the model is one of flax.linen, which holds no layers.
+    """
+    if isinstance(model, linen.Module):
+        raise TypeError(
+            f"{type(model).__name__} is a module of flax.linen, which makes its layers when it is "
+            "called: give it bn_jax.layers.linen.BatchNorm as its normalization, or change the "
+            "import of BatchNorm where it is written"
+        )
     with graph_mode():
         nodes = list(nnx.iter_graph(model))
     return {".".join(map(str, path)): node for path, node in nodes if type(node) is kind}

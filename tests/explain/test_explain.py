@@ -378,3 +378,8 @@ def test_the_train_flag(api, left_on, lenient):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="there are no batches"):
         explain(NEW, [], batch_size=SIZE)
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    x = np.ones((32, 3), np.float32)
+    for batches in ((x,), ([x], x)):
+        with pytest.raises(ValueError, match=r"one array of shape \(32, 3\), .* \[x\] for one"):
+            explain_nnx(lambda model, x: model(x), model, *batches)

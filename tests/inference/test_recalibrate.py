@@ -385,7 +385,11 @@ def test_mistakes_are_named():
         recalibrate_linen(linen_forward(model), variables, [])
     with pytest.raises(ValueError, match="estimator='all'"):
         recalibrate_linen(linen_forward(model), variables, [x], estimator="all")
+    with pytest.raises(ValueError, match=r"one array of shape \(32, 3\), .* \[x\] for one"):
+        recalibrate_linen(linen_forward(model), variables, jnp.ones((32, 3)))
     module = Nnx(nnx.BatchNorm)
+    with pytest.raises(ValueError, match=r"one array of shape \(32, 3\)"):
+        recalibrate_nnx(lambda model, x: model(x), module, np.ones((32, 3)))
     module.eval()
     with pytest.raises(ValueError, match=r"model.train\(\)"):
         recalibrate_nnx(lambda model, x: model(x), module, [x])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import bn_jax as bn
 from bn_jax.layers.nnx import BatchNorm
@@ -135,3 +135,9 @@ def test_what_flax_cannot_do_stays(name, value):
         swap_back(model)
     assert type(model.layers[0]) is type(model.layers[1]) is BatchNorm
     assert jnp.isfinite(model(X)).all()
+
+
+@pytest.mark.parametrize("change", [swap, swap_back])
+def test_a_linen_module_holds_no_layers(change):
+    with pytest.raises(TypeError, match=r"^Sequential is a module of flax.linen, .*layers.linen"):
+        change(linen.Sequential([linen.BatchNorm()]))
