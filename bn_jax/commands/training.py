@@ -86,6 +86,8 @@ def sweep(  # noqa: D417
     fields = vars(data) | vars(model) | vars(normalization) | vars(optimizer) | vars(run)
     if not over:
         raise ValueError("--over: must be given, e.g. --over learning-rate=0.05,0.15,0.5")
+    if sum(word.partition("=")[0] == "--over" for word in sys.argv) > 1:  # tyro takes the last
+        raise ValueError("--over: give it once, e.g. --over learning-rate=0.1,0.3 decay=0.9,0.99")
     check_axes(over, {name: hints.flag_of(name) for name in SWEPT})
     config = TrainConfig(**fields, over=over)
     swept = read_axes(over)

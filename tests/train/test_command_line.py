@@ -87,6 +87,8 @@ MISTAKES = {
     "learning-rate, init-std, decay, epsilon, weight-decay, r-max, d-max",
     "sweep --over learning-rate=0.1,abc": "--over learning-rate=0.1,abc: abc is not a number, such "
     "as 0.1 or 1e-3",
+    "sweep --over decay=0.9 --over init-std=1": "--over: give it once, e.g. --over "
+    "learning-rate=0.1,0.3 decay=0.9,0.99",
     "sweep --over decay": "--over decay: must be NAME=NUMBER,…, as in learning-rate=0.1,0.3",
     "sweep --over decay=0.9,0.9": "--over decay=0.9,0.9: must be NAME=NUMBER,NUMBER,… with NAME "
     "one of learning-rate, init-std, decay, epsilon, weight-decay, r-max, d-max",
