@@ -165,6 +165,7 @@ def run_arm(
     that has diverged is from before.
     """
     saved, grid = resumed.step if resumed else -1, config.grid
+    ended = resumed is not None and resumed.is_over(config)  # nothing is compiled for it
     if evaluations:
         bar.show(evaluations[-len(config.names) :])
     settings = arm_settings(config, arm)
@@ -173,7 +174,7 @@ def run_arm(
         Checkpoints(folder.checkpoints(arm), settings, saved, config.keep) as checkpoints,
         event_files(events, saved) as write,
     ):
-        for progress, new in train(config, arm, data, bar.watch, resumed):
+        for progress, new in () if ended else train(config, arm, data, bar.watch, resumed):
             if new:
                 lines = [metrics_line(arm, e, grid[e.cell]) for e in new]
                 folder.append("metrics.jsonl", "".join(lines))
