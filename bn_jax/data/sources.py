@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import zipfile
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -49,16 +50,23 @@ def read_folder(entry: CatalogEntry, path: Path) -> Contents:
                 f"sub-folder {entry.name}; put the file there or name another folder"
             )
         try:
-            with open_npz(place, array) if place.suffix == ".npz" else place.open("rb") as stream:
+            npz = place.suffix == ".npz"
+            with open_npz(place, array, file.size) if npz else place.open("rb") as stream:
                 yield read_verified(stream, file)
         except (DataError, OSError) as error:
             raise DataError(f"{place}: {error}") from error
 
 
-def open_npz(path: Path, name: str) -> io.BufferedReader:
-    """Opens one array of an archive with Keras' names, such as ``x_train``, as the IDX file."""
+def open_npz(path: Path, name: str, size: int) -> io.BufferedReader:
+    """Opens one array of an archive with Keras' names, such as ``x_train``, as the IDX file.
+
+    One of more than ``size`` bytes is not unpacked.
+    """
     try:
         with path.open("rb") as stream, NpzFile(stream) as arrays:
+            packed = cast(zipfile.ZipFile, arrays.zip).getinfo(f"{name}.npy")
+            if packed.file_size > size + 1024:  # 1024: its header
+                raise ValueError(f"it has more than {size:,} bytes")
             return io.BufferedReader(io.BytesIO(encode_idx(arrays[name])))
     except Exception as error:  # zipfile and numpy name no class for all that can be wrong
         raise DataError(

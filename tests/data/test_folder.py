@@ -68,8 +68,8 @@ def test_an_archive_of_arrays_passes_the_same_gates(tmp_path, synthetic, place):
     [
         (lambda x: x | {"x_train": x["x_train"] ^ (x["x_train"] == 7)}, "found SHA-256"),
         (lambda x: x | {"x_train": x["x_train"][:-1]}, "found 14,912 bytes, expected 15,696"),
-        (lambda x: x | {"x_train": x["x_train"].astype(np.int64)}, "found more than 15,696 bytes"),
-        (lambda x: x | {"x_train": np.zeros(10**6, np.uint8)}, "found more than 15,696 bytes"),
+        (lambda x: x | {"x_train": x["x_train"].astype(np.int64)}, "it has more than 15,696 bytes"),
+        (lambda x: x | {"x_train": np.zeros(10**6, np.uint8)}, "it has more than 15,696 bytes"),
         (lambda x: x | {"x_train": np.array([{}])}, "no array x_train that can be read"),
         (lambda x: {"y_train": x["y_train"]}, "no array x_train that can be read"),
         (
