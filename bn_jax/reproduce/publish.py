@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bn_jax.reproduce.claims import CLAIMS
+from bn_jax.reproduce.pace import REPORT
 from bn_jax.reproduce.report import write_report
-
-REPORT = Path(__file__).parent / "report"
 
 
 def publish(results: Path, folder: Path = REPORT) -> None:

@@ -18,6 +18,7 @@ from bn_jax.files import locked
 from bn_jax.reproduce import records
 from bn_jax.reproduce.claim import Claim, verdict
 from bn_jax.reproduce.claims import CLAIMS
+from bn_jax.reproduce.pace import Pace, committed_seconds
 from bn_jax.reproduce.report import write_report
 from bn_jax.reproduce.study import Study
 from bn_jax.train.versions import versions
@@ -60,11 +61,17 @@ def reproduce_claims(
         missing = [CLAIMS[name] for name in wanted if name not in done]
         if missing:
             data = load_data("mnist", data_dir=data_dir)
+            known_times = {} if quick else committed_seconds()
+            pace = Pace([claim.name for claim in missing], known_times, seeds / 5)
             with progress_bar(console) as bar:
                 for claim in missing:
-                    done[claim.name] = measure(claim, data, folder, seeds, quick, bar)
+                    done[claim.name] = measure(claim, data, folder, seeds, quick, bar, pace)
         claims = [claim for name, claim in CLAIMS.items() if name in done]
         console.print(verdict_table(claims, done))
+        if quick:
+            console.print(
+                "[bold]A quick run of a few steps: none of these verdicts is evidence.[/]"
+            )
         write_report(folder, claims, done)
     page = folder / "report.html"
     console.print(f"Report: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
@@ -91,17 +98,19 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def measure(
-    claim: Claim, data: Any, folder: Path, seeds: int, quick: bool, bar: Progress
+    claim: Claim, data: Any, folder: Path, seeds: int, quick: bool, bar: Progress, pace: Pace
 ) -> dict[str, Any]:
     """A claim's new record."""
     task = bar.add_task(claim.name, total=None, what="")
     begun = time.monotonic()
 
     def watch(what: str, step: int, steps: int) -> None:
-        bar.update(task, completed=step, total=steps, what=what)
+        left = f"{what}; about {pace.left() / 60:.0f} min left of all"
+        bar.update(task, completed=step, total=steps, what=left)
 
     results = claim.measure(Study(data, seeds, quick, watch))
     seconds = round(time.monotonic() - begun, 1)
+    pace.next()
     bar.update(task, what=f"measured in {seconds:,.0f} s")
     about = {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",

@@ -58,6 +58,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path,
 def test_all_claims_run_quickly_and_only_once(tmp_path):
     done = reproduce("--quick", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "none of these verdicts is evidence" in done.stdout
     folder = tmp_path / "quick"
     results = json.loads((folder / "results.json").read_text())["claims"]
     assert list(results) == list(CLAIMS)
