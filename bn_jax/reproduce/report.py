@@ -41,12 +41,14 @@ def write_report(
         overview = image(draw_overview(claims, [part["raw"] for part in sections]), "svg")
     write_whole(folder / "figures" / "overview.svg", overview)
     first = records[claims[0].name]
+    commits = [records[claim.name]["versions"]["commit"] for claim in claims]
     page = {
         "sections": sections,
         "overview": embed(overview),
         "quick": any(records[claim.name]["quick"] for claim in claims),
         "seconds": sum(records[claim.name]["seconds"] for claim in claims),
         "versions": first["versions"],
+        "commits": ", ".join(dict.fromkeys(commit[:12] for commit in commits if commit)),
         "date": max(records[claim.name]["date"] for claim in claims),
         "marks": MARKS,
     }

@@ -83,4 +83,7 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
+    remark="The factor is 10 for each seed, the lower end of what is claimed: 3 with batch norm, "
+    "0.3 without. At small rates the network without batch norm is even slightly ahead; the gain "
+    "of half a point comes with the larger rates alone.",
 )

@@ -89,4 +89,6 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
+    remark="The noise costs nothing that five seeds could show (.967 with it and without it; .921 "
+    "without batch norm), although it moves the inputs of every layer at every step.",
 )

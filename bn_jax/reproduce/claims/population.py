@@ -128,4 +128,7 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
+    remark="With this network, the plain average is worth nothing after 100 steps (accuracy .12); "
+    "the debiased average has .83 and Algorithm 2 .85. Whether these two are within 3 points, five "
+    "seeds cannot tell.",
 )

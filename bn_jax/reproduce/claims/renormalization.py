@@ -90,4 +90,7 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
+    remark="With two classes per batch, accuracy by running statistics is .69 with batch norm and "
+    ".95 with renormalization. Where batches are large and random, renormalization costs two "
+    "thousandths.",
 )
