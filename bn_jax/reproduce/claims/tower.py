@@ -114,4 +114,7 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
+    remark="At the rate 0.1 the tower reaches .93 with batch norm and .35 without. Without, the "
+    "smallest rate tried is the best (.86), so that still smaller ones might do better. Zero γ "
+    "does not help three blocks in 300 steps; Goyal et al. used it for deep networks.",
 )
