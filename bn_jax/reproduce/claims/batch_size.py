@@ -118,7 +118,7 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
-    remark="With two examples batch norm by running statistics fails (.37 at its best rate); with "
-    "the statistics frozen for the last quarter it ends at .85. Ghost batches gain two thousandths, "
+    remark="With two examples, batch norm by running statistics fails (.37 at the best rate). With "
+    "statistics frozen for the last quarter it ends at .85. Ghost batches gain two thousandths, "
     "beyond chance but little.",
 )

@@ -104,4 +104,7 @@ claim = Claim(
     measure=measure,
     judge=judge,
     draw=draw,
+    remark="All cells come out as published but the last with batch norm, where rectifiers stay at "
+    "chance for four seeds and one reaches .32. The kind of input matters: with binary images, in "
+    "the first run, sigmoids at σ 10 and rate 2 ended at .914 with batch norm and .241 without.",
 )
