@@ -162,7 +162,7 @@ def mistakes(start, finish, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model", r"invalid choice 'vgg' for argument '--model'.*'mlp', 'cnn',.*'tower'"),
+        ("model", r"^error: --model vgg: must be one of mlp, cnn, tower\n$"),
         ("steps", r"^error: --steps -1: must be an integer of at least 0\n$"),
         ("batch", r"^error: --batch-size 60001: must be at most 60000, the number of .*\n$"),
         ("taken", r"^error: --run-dir taken: already holds a run; choose a new folder.*\n$"),
@@ -173,7 +173,7 @@ def mistakes(start, finish, tmp_path_factory):
 def test_a_mistake_is_one_message(name, message, mistakes):
     status, stdout, stderr = mistakes[name]
     assert status == 2
-    assert re.search(message, stderr, re.DOTALL if name == "model" else 0), stderr
+    assert re.search(message, stderr), stderr
     assert "Traceback" not in stderr + stdout
 
 

@@ -296,7 +296,7 @@ def test_one_run_carries_several_averages():
     config = TrainConfig(over=("r-max=1,3", "decay=0.9,0.5"), renorm=(2, 5))
     assert (config.decays, len(config.runs)) == (1, 4)
     assert [run.renorm for run in config.runs] == [(1, 5), (1, 5), (3, 5), (3, 5)]
-    with pytest.raises(ValueError, match=r"--renorm \(0.5, 0.0\): must be R_MAX of at least 1"):
+    with pytest.raises(ValueError, match=r"--renorm 0.5 0.0: must be R_MAX of at least 1"):
         TrainConfig(over=("r-max=0.5",))
     config = TrainConfig(decay=(0.9, 0.5), renorm=(3, 5))
     assert [run.decay for run in config.runs] == [0.9, 0.5]
