@@ -6,6 +6,7 @@ settings and the digest.
 """
 
 import hashlib
+import io
 import json
 import logging
 import operator
@@ -150,18 +151,19 @@ def load_newest(
         step: to look at the checkpoint of this step alone; None for all.
     """
     paths = [path for path in finished(folder) if step in (None, int(path.name))]
-    arrays = by_first(lambda: read_newest(paths, jax.eval_shape(to_arrays, like), settings))
-    if arrays is None:
+    stored = by_first(lambda: read_newest(paths, jax.eval_shape(to_arrays, like), settings))
+    if not stored:
         return None
-    leaves = [jnp.asarray(arrays[name]) for name in named_leaves(like)]
+    with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
+        leaves = [jnp.asarray(arrays[name]) for name in named_leaves(like)]
     progress: Progress = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return with_key(progress, jax.random.wrap_key_data(progress.state.key))
 
 
 def read_newest(
     paths: Sequence[Path], like: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Arrays | None:
-    """The arrays of the last sound checkpoint, or None."""
+) -> bytes:
+    """The arrays of the last sound checkpoint as an .npz file, or nothing."""
     for path in reversed(paths):
         try:
             arrays, record = read(path)
@@ -184,8 +186,10 @@ def read_newest(
                 f"the checkpoint {path} is of another version of bn_jax, which stores or builds "
                 "this network otherwise; use that version, or train again"
             )
-        return arrays
-    return None
+        stored = io.BytesIO()
+        np.savez(stored, allow_pickle=False, **arrays)
+        return stored.getvalue()
+    return b""
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, Any]]:

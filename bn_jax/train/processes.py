@@ -1,15 +1,11 @@
 """What the processes of one run do together: process 0 decides and the others hear of it."""
 
-import pickle
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-Result = TypeVar("Result")
 
 
 def is_first() -> bool:
@@ -17,22 +13,25 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def by_first(make: Callable[[], Result]) -> Result:
-    """Call make in process 0 alone; all processes return its result, or raise its error."""
+def by_first(make: Callable[[], bytes]) -> bytes:
+    """Call make in process 0 alone; all processes return its result, or raise its error.
+
+    Only bytes go over the network, as nothing that comes from there is unpickled.
+    """
     if jax.process_count() == 1:
         return make()
-    result = failure = None
+    failure, answer = None, b""
     if is_first():
         try:
-            result = make()
+            answer = b"+" + make()
         except (ValueError, OSError) as error:
-            failure = error
-    result, reason = pickle.loads(broadcast(pickle.dumps((result, failure and str(failure)))))
+            failure, answer = error, b"-" + str(error).encode()
+    answer = broadcast(answer)
     if failure is not None:
         raise failure
-    if reason is not None:
-        raise ValueError(f"process 0 says: {reason}")
-    return result
+    if answer[:1] == b"-":
+        raise ValueError(f"process 0 says: {answer[1:].decode()}")
+    return answer[1:]
 
 
 def check_same(settings: Mapping[str, object]) -> None:

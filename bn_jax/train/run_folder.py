@@ -41,7 +41,7 @@ class RunFolder:
         Raises:
             RunFolderError: it already holds something, cannot be made, or has an unfit name.
         """
-        return cls(by_first(lambda: make_folder(config)))
+        return cls(Path(os.fsdecode(by_first(lambda: bytes(make_folder(config))))))
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training here, until the block or this process ends."""
